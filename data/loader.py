@@ -1,0 +1,137 @@
+"""The door to training data: the steps of one rank, and the held-out rows.
+
+Row j of an optimizer step begins j * seq_len tokens after the step, whatever the number of ranks. Micro-batch m of the step holds
+rows [m * micro_batch_rows, (m + 1) * micro_batch_rows), and belongs to rank m % world_size.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from configs.schema import ConfigError
+from data.batch import IGNORE, Batch, PieceOrigin, pack
+from data.shards import Corpus, DocumentTable
+from data.stream import Position, TokenStream
+
+_HELDOUT_SEED = 0  # held-out rows are the same in every run
+
+
+class Loader:
+    """This rank's micro-batches, step by step, without end. Made by `build_loader`.
+
+    `epoch_tokens` is the number of tokens of the split, `position` where the next step begins.
+    """
+
+    def __init__(
+        self, table: DocumentTable, stream: TokenStream, fingerprint: int, *, seq_len: int, rows_per_step: int, micro_batch_rows: int,
+        rank: int, world_size: int,
+    ) -> None:  # fmt: skip
+        self.seq_len, self.rows_per_step, self.micro_batch_rows = seq_len, rows_per_step, micro_batch_rows
+        self.rank, self.world_size = rank, world_size
+        self.epoch_tokens = stream.epoch_tokens
+        self.position = Position()
+        self._table, self._stream, self._fingerprint = table, stream, fingerprint
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        while True:
+            yield self.next_step()
+
+    def next_step(self) -> list[Batch]:
+        """This rank's micro-batches of the next optimizer step: rows_per_step / (world_size * micro_batch_rows) of them."""
+        num_tokens = self.rows_per_step * self.seq_len
+        targets = num_tokens - self._stream.num_document_ends(self.position, num_tokens)
+        stride = self.world_size * self.micro_batch_rows
+        batches = []
+        for first in range(self.rank * self.micro_batch_rows, self.rows_per_step, stride):
+            starts = [self._stream.advance(self.position, (first + i) * self.seq_len) for i in range(self.micro_batch_rows)]
+            batches.append(pack(self._table, [self._stream.pieces(start, self.seq_len) for start in starts], step_targets=targets))
+        self.position = self._stream.advance(self.position, num_tokens)
+        return batches
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the next step begins, and of which stream: the same integers on every rank."""
+        return {
+            "epoch": self.position.epoch, "offset": self.position.offset, "seed": self._stream.seed, "corpus": self._fingerprint
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on from `state`, which may come from another seq_len, batch or world size.
+
+        Raises ConfigError where it is of another seed or corpus, since its position means nothing here.
+        """
+        here = self.state_dict()
+        for key in ("seed", "corpus"):
+            if state[key] != here[key]:
+                raise ConfigError(f"resume: the saved stream has {key}={state[key]}, this run has {key}={here[key]}; they must be the same")
+        self.position = Position(state["epoch"], state["offset"])
+
+
+def build_loader(
+    corpus: Corpus | str | Path,
+    *,
+    seq_len: int,
+    rows_per_step: int,
+    micro_batch_rows: int,
+    split: str = "train",
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    state: dict[str, int] | None = None,
+) -> Loader:
+    """The loader of `rank` over a prepared corpus (or its folder), from its beginning or from a `state_dict`.
+
+    `rows_per_step` counts the rows of one optimizer step over all ranks and micro-batches. Raises ConfigError where the numbers do
+    not divide, the split is empty, the corpus is missing or damaged, or `state` is of another corpus or seed.
+    """
+    opened = corpus if isinstance(corpus, Corpus) else Corpus.open(corpus)
+    for key, value in (("seq_len", seq_len), ("rows_per_step", rows_per_step), ("micro_batch_rows", micro_batch_rows)):
+        if value < 1:
+            raise ConfigError(f"{key}={value}: must be at least 1")
+    if rows_per_step % (world_size * micro_batch_rows):
+        raise ConfigError(
+            f"rows_per_step={rows_per_step}: must be a multiple of world_size * micro_batch_rows = {world_size} * {micro_batch_rows}"
+        )
+    table = opened.split(split)
+    _require_documents(opened, table)
+    loader = Loader(
+        table, TokenStream(table.lengths, seed=seed), opened.fingerprint, seq_len=seq_len, rows_per_step=rows_per_step,
+        micro_batch_rows=micro_batch_rows, rank=rank, world_size=world_size,
+    )  # fmt: skip
+    if state is not None:
+        loader.load_state_dict(state)
+    return loader
+
+
+def heldout_rows(
+    corpus: Corpus, *, seq_len: int, rows: int, micro_batch_rows: int = 1, rank: int = 0, world_size: int = 1
+) -> list[Batch]:
+    """The first `rows` held-out rows in one fixed shuffled order, as this rank's batches; the same rows in every run.
+
+    Fewer where held-out holds fewer full rows, so that none is scored twice. Every rank gets the same number of batches, since its
+    collectives must match: rows that fill up have no targets. `step_targets` counts the targets of all rows.
+    Raises ConfigError where held-out documents do not fill one row.
+    """
+    table = corpus.split("heldout")
+    _require_documents(corpus, table)
+    stream = TokenStream(table.lengths, seed=_HELDOUT_SEED)
+    available = stream.epoch_tokens // seq_len
+    if available == 0:
+        raise ConfigError(
+            f"seq_len={seq_len}: the held-out documents of {corpus.folder} have {stream.epoch_tokens} tokens and fill no row; "
+            "hold out more, or set evaluation.rows=0"
+        )
+    rows = min(rows, available)
+    targets = rows * seq_len - stream.num_document_ends(Position(), rows * seq_len)
+    batches = []
+    for first in range(0, rows, world_size * micro_batch_rows):
+        numbers = range(first + rank * micro_batch_rows, first + (rank + 1) * micro_batch_rows)
+        filled = [stream.pieces(stream.advance(Position(), (n if n < rows else 0) * seq_len), seq_len) for n in numbers]
+        batches.append(pack(table, filled, step_targets=targets, masked_rows=sum(n >= rows for n in numbers)))
+    return batches
+
+
+def _require_documents(corpus: Corpus, table: DocumentTable) -> None:
+    if table.num_documents == 0:
+        raise ConfigError(f"prepared_dir={corpus.folder}: its {table.name} split holds no documents")
+
+
+__all__ = ["IGNORE", "Batch", "Loader", "PieceOrigin", "build_loader", "heldout_rows"]

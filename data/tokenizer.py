@@ -1,0 +1,181 @@
+"""One door to tokenizers: sentencepiece `tokenizer.model` and Hugging Face `tokenizer.json`.
+
+Text never turns into a separator: `<s>` written in a document is encoded as the characters it is made of.
+"""
+
+import hashlib
+import io
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+
+from configs.schema import ConfigError, TokenizerKind
+
+FILE_NAMES = {"tokenizer.model": TokenizerKind.SENTENCEPIECE, "tokenizer.json": TokenizerKind.HUGGINGFACE}
+_SPACE = "\u2581"  # sentencepiece's own mark for a space
+_KNOWN_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[BOS]", "[CLS]")
+_KNOWN_EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[EOS]", "[SEP]")
+
+
+class Tokenizer(ABC):
+    """Text to ids and back, with the ids of the two document separators.
+
+    `hash` is the blake2b digest of the tokenizer's file (hex); `vocab_size` is one more than the highest id.
+    A tokenizer that has only one separator uses it at both ends of a document.
+    """
+
+    file_name: str
+    hash: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without separators."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; separators vanish."""
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model."""
+
+    file_name = "tokenizer.model"
+
+    def __init__(self, content: bytes, where: str) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._model = SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(content)
+        except (RuntimeError, OSError):
+            raise ConfigError(f"{where}: not a sentencepiece model") from None
+        self.hash = content_hash(content)
+        self.vocab_size = self._model.vocab_size()
+        self.bos_id, self.eos_id = _separators(self._model.bos_id(), self._model.eos_id(), where)
+        # Sentencepiece writes a space as U+2581 and reads that character back as a space. Where the model has bytes and adds no
+        # space of its own, the character goes through its three bytes, and every text comes back as it went in.
+        mark = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+        plain = not self._model.encode("a", out_type=str)[:1][0].startswith(_SPACE)
+        self._mark = mark if plain and all(map(self._model.is_byte, mark)) else None
+
+    def encode(self, text: str) -> list[int]:
+        if self._mark is None or _SPACE not in text:
+            return self._model.encode(text)
+        first, *rest = self._model.encode(text.split(_SPACE))
+        for part in rest:
+            first += self._mark + part
+        return first
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._model.decode([int(i) for i in ids])
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json` of the `tokenizers` library; separators from the `tokenizer_config.json` beside it, else by their usual names."""
+
+    file_name = "tokenizer.json"
+
+    def __init__(self, content: bytes, where: str, settings: dict | None = None) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            self._model = Backend.from_str(content.decode())
+        except Exception as error:  # the library raises bare Exception
+            raise ConfigError(f"{where}: not a Hugging Face tokenizer ({str(error).splitlines()[0]})") from None
+        self._model.no_truncation()
+        self._model.no_padding()
+        self._model.encode_special_tokens = True  # a document's `<s>` is text
+        self.hash = content_hash(content)
+        vocabulary = self._model.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        bos, eos = (_named(vocabulary, (settings or {}).get(key), known) for key, known in (("bos_token", _KNOWN_BOS), ("eos_token", _KNOWN_EOS)))
+        self.bos_id, self.eos_id = _separators(bos, eos, where)
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        separators = {self.bos_id, self.eos_id}
+        return self._model.decode([int(i) for i in ids if int(i) not in separators], skip_special_tokens=False)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in file `path`, or the `tokenizer.model` / `tokenizer.json` in folder `path`. Raises ConfigError."""
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in FILE_NAMES if (path / name).is_file()]
+        if not found:
+            raise ConfigError(f"tokenizer={path}: the folder holds neither {' nor '.join(FILE_NAMES)}")
+        path = found[0]
+    try:
+        content = path.read_bytes()
+        if path.suffix != ".json":
+            return SentencePieceTokenizer(content, f"tokenizer={path}")
+        beside = path.with_name("tokenizer_config.json")
+        settings = json.loads(beside.read_bytes()) if beside.is_file() else None
+    except OSError as error:
+        raise ConfigError(f"tokenizer={path}: {error.strerror}; needs a tokenizer.model or a tokenizer.json") from None
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"tokenizer={path}: the tokenizer_config.json beside it is not JSON ({error})") from None
+    return HuggingFaceTokenizer(content, f"tokenizer={path}", settings)
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> bytes:
+    """A sentencepiece BPE with byte fallback that gives back every text exactly; the same bytes for the same `texts`.
+
+    `texts` are pieces of at most a few thousand characters. Raises ConfigError where they support fewer than `vocab_size` tokens.
+    """
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    # The trainer takes lines and refuses NUL, which byte fallback serves. One thread: the model file records their number.
+    lines = (line for text in texts for line in text.split("\n") if line and "\0" not in line)
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            user_defined_symbols=["\n"],
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            max_sentence_length=1 << 16,
+            num_threads=1,
+            minloglevel=3,
+        )
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else "no reason given"
+        raise ConfigError(f"tokenizer.vocab_size={vocab_size}: the training text does not support it ({reason})") from None
+    return model.getvalue()
+
+
+def content_hash(content: bytes) -> str:
+    """blake2b digest of 32 hex characters."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _named(vocabulary: dict[str, int], given: object, known: tuple[str, ...]) -> int:
+    token = given.get("content") if isinstance(given, dict) else given  # older files wrap the token in an object
+    candidates = (token, *known) if isinstance(token, str) else known
+    return next((vocabulary[name] for name in candidates if name in vocabulary), -1)
+
+
+def _separators(bos: int, eos: int, where: str) -> tuple[int, int]:
+    if bos < 0 and eos < 0:
+        raise ConfigError(f"{where}: has neither a begin nor an end of document token; documents need one")
+    return (bos if bos >= 0 else eos), (eos if eos >= 0 else bos)

@@ -1,0 +1,1 @@
+"""The model: architecture, accounting and the attention operators."""

@@ -1,0 +1,80 @@
+"""Grouped-query attention of one layer: projections, RoPE, then full attention or MoBA as the layer's setting says."""
+
+from torch import Tensor, nn
+
+from configs.layers import KINDS, LayerAttention
+from configs.schema import ModelConfig
+from model.cache import LayerCache
+from model.layers import RMSNorm
+from model.ops import full, moba
+from model.rope import rotate
+
+BACKENDS = tuple(dict.fromkeys(full.BACKENDS + moba.BACKENDS))
+
+
+class Attention(nn.Module):
+    """No state depends on the kind of attention: full and MoBA use the same parameters."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        table: tuple[Tensor, Tensor],
+        cu_seqlens: Tensor,
+        attention: LayerAttention,
+        backend: str,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """`[N, hidden]` to `[N, hidden]` over packed documents with bounds cu_seqlens int32 `[n+1]`.
+
+        `table` is `rotary_table` of the tokens' positions. With a `cache` x is one document's: all of its prompt where
+        the cache is empty, afterwards its next token.
+        """
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
+        is_next_token = cache is not None and cache.length > 0
+        if cache is not None:
+            cache.append(k, v)
+        if is_next_token:
+            out = _attend_cached(q.squeeze(0), cache)[None]
+        else:
+            out = _attend(q, k, v, cu_seqlens, attention, backend)
+        return self.o_proj(out.flatten(1))
+
+
+def check_kinds(per_layer: tuple[LayerAttention, ...], backend: str) -> None:
+    """Raises ValueError for an attention kind or a backend that does not exist."""
+    for attention in per_layer:
+        if attention.kind not in KINDS:
+            raise ValueError(f"attention kind={attention.kind!r}; accepted: {', '.join(KINDS)}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}; accepted: {', '.join(BACKENDS)}")
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, attention: LayerAttention, backend: str) -> Tensor:
+    """`[N, Hq, D]` from q `[N, Hq, D]`, k and v `[N, Hkv, D]`. A backend that one kind alone has is `auto` to the other."""
+    if attention.kind == "full":
+        name = backend if backend in full.BACKENDS else "auto"
+        return full.full_attention(q, k, v, cu_seqlens=cu_seqlens, backend=name)
+    name = backend if backend in moba.BACKENDS else "auto"
+    sizes = {"block_size": attention.block_size, "topk": attention.topk}
+    return moba.moba_attention(q, k, v, **sizes, cu_seqlens=cu_seqlens, backend=name)
+
+
+def _attend_cached(q: Tensor, cache: LayerCache) -> Tensor:
+    """`[Hq, D]` of the newest token, from q `[Hq, D]` and a cache that already holds its key and value."""
+    attention = cache.attention
+    if attention.kind == "full":
+        return full.full_decode(q, cache.keys, cache.values)
+    sizes = {"block_size": attention.block_size, "topk": attention.topk}
+    return moba.moba_decode(q, cache.keys, cache.values, cache.block_means, **sizes)

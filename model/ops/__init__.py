@@ -1,0 +1,1 @@
+"""Attention operators: `full` (dense causal) and `moba` (mixture of block attention)."""

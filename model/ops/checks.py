@@ -1,0 +1,113 @@
+"""What every attention door checks before any work, and the document boundaries it reads on the way.
+
+All errors are ValueErrors that name the argument, the value given and what is accepted.
+"""
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, softmax_scale: float | None) -> list[int]:
+    """Check packed attention inputs: q `[T, Hq, D]`, k and v `[T, Hkv, D]`, cu_seqlens int32 `[n_docs+1]` or None.
+
+    Returns the document boundaries `[0, ..., T]` as Python integers. Raises ValueError.
+    """
+    check_tensors({"q": q, "k": k, "v": v})
+    if k.shape != v.shape:
+        raise ValueError(f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; both must be [T, Hkv, D]")
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"q has T={q.shape[0]} tokens and k T={k.shape[0]}; they must be equal")
+    check_heads(q, k)
+    check_scale(softmax_scale)
+    return document_bounds(cu_seqlens, num_tokens=q.shape[0], device=q.device)
+
+
+def check_routing(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> list[int]:
+    """The same for the routing alone, which reads no values."""
+    return check_attention(q, k, k, cu_seqlens, None)
+
+
+def check_decode(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> None:
+    """Check one decoding step: q `[Hq, D]` of the newest token, k and v `[S, Hkv, D]` of all tokens so far."""
+    if not isinstance(q, Tensor) or q.dim() != 2:
+        raise ValueError(f"q must be a tensor [Hq, D] holding one token, got {_describe(q)}")
+    check_attention(q[None], k[-1:] if _is_packed(k) else k, v[-1:] if _is_packed(v) else v, None, softmax_scale)
+    if k.shape != v.shape:
+        raise ValueError(f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; both must be [S, Hkv, D]")
+
+
+def check_tensors(named: dict[str, Tensor]) -> None:
+    """Each a non-empty 3-d floating tensor, all of one dtype on one device."""
+    for name, x in named.items():
+        if not _is_packed(x):
+            raise ValueError(f"{name} must be a tensor [tokens, heads, head_dim], got {_describe(x)}")
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} has dtype {x.dtype}; accepted: {', '.join(map(str, DTYPES))}")
+        if 0 in x.shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; every dimension must be at least 1")
+    first_name, first = next(iter(named.items()))
+    for name, x in named.items():
+        if x.dtype != first.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype} but {first_name} has {first.dtype}; they must be equal")
+        if x.device != first.device:
+            raise ValueError(f"{name} is on {x.device} but {first_name} is on {first.device}; they must be on one device")
+
+
+def check_heads(q: Tensor, k: Tensor) -> None:
+    """Same head dimension; the key/value heads divide the query heads (grouped-query attention)."""
+    (num_q, dim_q), (num_kv, dim_kv) = q.shape[-2:], k.shape[-2:]
+    if dim_q != dim_kv:
+        raise ValueError(f"q has head dimension {dim_q} and k {dim_kv}; they must be equal")
+    if num_q % num_kv:
+        raise ValueError(f"q has {num_q} heads, which k's {num_kv} heads do not divide; Hq must be a multiple of Hkv")
+
+
+def check_scale(softmax_scale: float | None) -> None:
+    if softmax_scale is not None and not 0 < softmax_scale < float("inf"):
+        raise ValueError(f"softmax_scale={softmax_scale}; accepted: None (head_dim ** -0.5) or a positive finite number")
+
+
+def check_positive_int(**named: int) -> None:
+    """Each a plain integer of at least 1 (block_size, topk)."""
+    for name, value in named.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r}; accepted: an integer of at least 1")
+
+
+def check_backend(backend: str, known: tuple[str, ...]) -> None:
+    if backend not in known:
+        raise ValueError(f"backend={backend!r}; accepted: {', '.join(known)}")
+
+
+def document_bounds(cu_seqlens: Tensor | None, *, num_tokens: int, device: torch.device) -> list[int]:
+    """`cu_seqlens` as a checked list of integers; None means one document.
+
+    It may live on the CPU beside GPU inputs, which saves a device synchronisation.
+    """
+    if cu_seqlens is None:
+        return [0, num_tokens]
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"cu_seqlens must be a tensor [n_docs+1] with n_docs >= 1, got {_describe(cu_seqlens)}")
+    if cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"cu_seqlens has dtype {cu_seqlens.dtype}; accepted: torch.int32")
+    if cu_seqlens.device not in (device, torch.device("cpu")):
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; accepted: {device} (as q) or cpu")
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise ValueError(f"cu_seqlens starts at {bounds[0]}; it must start at 0")
+    for left, right in zip(bounds, bounds[1:]):
+        if right <= left:
+            raise ValueError(f"cu_seqlens goes from {left} to {right}; it must strictly increase (no empty documents)")
+    if bounds[-1] != num_tokens:
+        raise ValueError(f"cu_seqlens ends at {bounds[-1]}; it must end at the number of tokens, {num_tokens}")
+    return bounds
+
+
+def _is_packed(x: object) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 3
+
+
+def _describe(x: object) -> str:
+    return f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"{type(x).__name__} {x!r}"

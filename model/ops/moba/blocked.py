@@ -1,0 +1,64 @@
+"""The `torch` backend: MoBA on any device in memory linear in T, forward and backward (MoBA paper, algorithm 1)."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from model.ops.moba.blocked_backward import moba_backward
+from model.ops.moba.blocked_forward import moba_forward
+from model.ops.moba.routing import BlockLayout, block_layout, block_means, choose_blocks
+from model.ops.moba.tiles import build_tiles
+
+# CPU matrix products round by the alignment of their operands. With head dimensions a multiple of this (64 bytes of fp32)
+# every tile starts aligned, so that its results do not depend on its place among the tiles.
+_ALIGNED_DIM = 16
+
+
+# Partial results held at once, in elements; key/value heads that would exceed it go one group after another.
+_WORKSPACE_BUDGET = 1 << 28
+
+
+def moba_blocked(
+    q: Tensor, k: Tensor, v: Tensor, *, bounds: list[int], block_size: int, topk: int, softmax_scale: float
+) -> Tensor:
+    """As `moba_reference`, sparse: q `[T, Hq, D]`, k and v `[T, Hkv, D]`; returns `[T, Hq, D]` in q's dtype.
+
+    Accumulates in fp32 (fp64 for fp64 inputs). On the CPU bitwise deterministic, and a later token or another document
+    changes no bit of an earlier token's output, nor of a gradient of a loss on earlier tokens.
+    """
+    head_dim = q.shape[-1]
+    if head_dim % _ALIGNED_DIM:
+        q, k, v = (pad(x, (0, -head_dim % _ALIGNED_DIM)) for x in (q, k, v))
+    layout = block_layout(bounds, block_size)
+    num_slots = min(topk, layout.max_doc_blocks)
+    kv_heads = max(1, _WORKSPACE_BUDGET // (q.numel() // k.shape[1] * num_slots))
+    query_heads = kv_heads * (q.shape[1] // k.shape[1])
+    outputs = []
+    for q_group, k_group, v_group in zip(q.split(query_heads, 1), k.split(kv_heads, 1), v.split(kv_heads, 1)):
+        chosen = choose_blocks(q_group, block_means(k_group, layout), layout, num_past=num_slots - 1)
+        outputs.append(_BlockedMoba.apply(q_group, k_group, v_group, chosen, layout, softmax_scale))
+    return torch.cat(outputs, dim=1)[..., :head_dim]
+
+
+class _BlockedMoba(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, layout: BlockLayout, softmax_scale: float):
+        tiles = build_tiles(chosen, layout, num_kv_heads=k.shape[1])
+        out, lse = moba_forward(q, k, v, layout=layout, tiles=tiles, softmax_scale=softmax_scale)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse, chosen)
+        ctx.layout, ctx.softmax_scale = layout, softmax_scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor):
+        q, k, v, out, lse, chosen = ctx.saved_tensors
+        # Rebuilt, not saved: the sort is cheap and its tables are the size of the saved tensors together.
+        tiles = build_tiles(chosen, ctx.layout, num_kv_heads=k.shape[1])
+        with torch.autocast(q.device.type, enabled=False):
+            grads = moba_backward(
+                d_out, q, k, v, out, lse, layout=ctx.layout, tiles=tiles, softmax_scale=ctx.softmax_scale
+            )
+        return *(grad.to(q.dtype) for grad in grads), None, None, None

@@ -1,0 +1,1 @@
+"""The doors of the framework: `python -m scripts.NAME`."""

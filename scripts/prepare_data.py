@@ -1,0 +1,66 @@
+"""Prepare a corpus: `python -m scripts.prepare_data data=bundled`.
+
+Reads the documents of `data.sources`, holds some out, trains or loads the tokenizer and writes shards into `data.prepared_dir`.
+A finished corpus of the same config is left as it is; overwrite=true builds it again.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+
+from configs.registry import command
+from configs.schema import PrepareConfig
+from data.manifest import SPLITS, Manifest
+from data.prepare import Progress as Report
+from data.prepare import find_prepared, prepare
+from data.shards import Corpus, length_histogram
+
+
+@command(PrepareConfig, config_name="prepare_data")
+def main(config: PrepareConfig) -> None:
+    """Prepares the corpus and says what is in it."""
+    reused = not config.overwrite and find_prepared(config.data) is not None
+    with _progress() as report:
+        manifest = prepare(config.data, overwrite=config.overwrite, progress=report)
+    print(f"{config.data.prepared_dir}: {'already prepared' if reused else 'prepared'}")
+    print("\n".join(_summary(manifest, Corpus.open(config.data.prepared_dir))))
+
+
+@contextmanager
+def _progress() -> Iterator[Report]:
+    """A bar with MB/s on a terminal, nothing elsewhere. It goes to stderr; the summary is what stdout carries."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        tasks: dict[str, int] = {}
+
+        def report(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=None)
+            bar.update(tasks[phase], completed=done, total=total or None)  # type: ignore[arg-type]
+
+        yield report
+
+
+def _summary(manifest: Manifest, corpus: Corpus) -> Iterator[str]:
+    for split in SPLITS:
+        counts = manifest.splits[split]
+        yield (
+            f"{split:8} {counts.documents:>9,} documents {counts.tokens:>13,} tokens {counts.bytes / 1e6:>10,.1f} MB of text, "
+            f"longest {counts.longest:,} tokens"
+        )
+    for source in manifest.sources:
+        parts = (manifest.splits[split].by_source[source] for split in SPLITS)
+        yield f"  {source}: " + ", ".join(f"{part['documents']:,} documents {part['tokens']:,} tokens" for part in parts) + " (train, heldout)"
+    yield "left out: " + ", ".join(f"{count:,} {reason}" for reason, count in manifest.dropped.items())
+    yield f"tokenizer: {manifest.tokenizer_file}, {manifest.vocab_size:,} tokens, hash {manifest.tokenizer_hash}"
+    bins = {split: {low: documents for low, documents, _ in length_histogram(corpus.split(split).lengths)} for split in SPLITS}
+    yield f"{'tokens from':>12} {'train':>9} {'heldout':>9}"
+    for low in sorted(set().union(*bins.values())):
+        yield f"{low:>12,} {bins['train'].get(low, 0):>9,} {bins['heldout'].get(low, 0):>9,}"
+
+
+if __name__ == "__main__":
+    main()

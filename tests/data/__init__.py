@@ -1,0 +1,1 @@
+"""Tests of documents, tokenizers, shards, packing and the stream."""

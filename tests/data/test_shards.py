@@ -1,0 +1,78 @@
+"""A corpus that is missing, cut, altered or of another tokenizer is refused, and the file is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs.schema import ConfigError
+from data.prepare import prepare
+from data.shards import Corpus, verify_corpus
+from tests.data.conftest import make_texts
+
+
+@pytest.fixture
+def folder(jsonl_config) -> Path:
+    config = jsonl_config(make_texts(40))
+    prepare(config)
+    return Path(config.prepared_dir)
+
+
+def refused(folder, **given) -> str:
+    with pytest.raises(ConfigError) as refusal:
+        Corpus.open(folder, **given)
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+def test_missing_corpus_names_the_command(tmp_path):
+    assert "python -m scripts.prepare_data data=books" in refused(tmp_path / "books")
+
+
+@pytest.mark.parametrize("name", ["train-00000.bin", "heldout-00000.bin", "train-index.npy", "heldout-index.npy", "tokenizer.model", "manifest.json"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "grow", "remove"])
+def test_every_harm_to_every_file_is_refused_by_name(folder, name, harm):
+    path = folder / name
+    content = bytearray(path.read_bytes())
+    if harm == "flip":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif harm == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif harm == "grow":
+        path.write_bytes(content + b"}")
+    else:
+        path.unlink()
+    message = refused(folder)
+    assert (name in message or harm == "remove") and "overwrite=true" in message or name == "manifest.json" and harm == "remove"
+    if name == "tokenizer.model" and harm == "flip":
+        assert "not the tokenizer the shards were made with" in message
+
+
+def test_large_corpora_skip_only_the_shards_checksums(folder):
+    path = folder / "train-00000.bin"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    corpus = Corpus.open(folder, verify=False)
+    assert "train-00000.bin" in refused(folder, verify=True)
+    with pytest.raises(ConfigError, match="train-00000.bin"):
+        verify_corpus(folder, corpus.manifest)
+    index = folder / "train-index.npy"
+    content = bytearray(index.read_bytes())
+    content[-1] ^= 1
+    index.write_bytes(content)
+    assert "train-index.npy" in refused(folder, verify=False)
+
+
+def test_another_format_is_refused(folder):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
+    assert "format 2" in refused(folder)
+
+
+def test_splits_have_names(folder):
+    corpus = Corpus.open(folder)
+    assert corpus.vocab_size == 384 and corpus.tokenizer_hash == corpus.tokenizer.hash
+    with pytest.raises(ConfigError, match="split=test: accepted: train, heldout"):
+        corpus.split("test")

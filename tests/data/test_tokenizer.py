@@ -1,0 +1,100 @@
+"""Tokenizers: every text comes back, text never makes a separator, both file kinds through one door."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.schema import ConfigError
+from data.tokenizer import load_tokenizer, train_tokenizer
+from tests.data.conftest import make_texts
+
+AWKWARD = [
+    "",
+    " ",
+    "\n",
+    "a\tb  c   d\r\n\r\n  e \n",
+    "\n\n\n\n    if x:\n\t\treturn\n",
+    "😀 é ü 漢字 \u202eabc\u2028 \ufeffx \u00a0 \u0085",
+    "a\0b\0",
+    "\u2581 the mark \u2581\u2581 of a space\u2581",
+    "<s>text</s><unk><0x0A>",
+    "x" * 5000,
+    "12345 67.89",
+]
+
+
+@pytest.fixture(scope="module")
+def huggingface_folder(tmp_path_factory):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=360, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(make_texts(20), trainer)
+    folder = tmp_path_factory.mktemp("huggingface")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_trained_tokenizer_gives_back_every_text(model_file, text):
+    tokenizer = load_tokenizer(model_file)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"])))
+def test_round_trip_of_any_text(model_file, text):
+    tokenizer = load_tokenizer(model_file)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+    assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_huggingface_file_through_the_same_door(huggingface_folder, text):
+    tokenizer = load_tokenizer(huggingface_folder)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 1, 360)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not {0, 1} & set(ids)
+    assert tokenizer.decode([0, *ids, 1]) == text
+
+
+def test_huggingface_separators_come_from_the_settings_beside(huggingface_folder, tmp_path):
+    content = json.loads((huggingface_folder / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "eos_token": {"content": "</s>"}}))
+    assert load_tokenizer(tmp_path).eos_id == 1
+    content["added_tokens"] = []
+    content["model"]["vocab"] = {("!a" if key == "<s>" else "!b" if key == "</s>" else key): i for key, i in content["model"]["vocab"].items()}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="neither a begin nor an end"):
+        load_tokenizer(tmp_path)
+
+
+def test_training_is_deterministic():
+    texts = make_texts(20)
+    assert train_tokenizer(texts, vocab_size=320) == train_tokenizer(texts, vocab_size=320)
+
+
+def test_too_large_a_vocabulary_is_named():
+    with pytest.raises(ConfigError, match=r"vocab_size=8192: .*support") as refusal:
+        train_tokenizer(["a few words"], vocab_size=8192)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("name", "content"), [("tokenizer.model", b"no model"), ("tokenizer.json", b"{"), ("tokenizer.model", None)])
+def test_broken_files_are_refused_by_name(tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=name):
+        load_tokenizer(tmp_path / name)
+    if content is None:
+        with pytest.raises(ConfigError, match="holds neither"):
+            load_tokenizer(tmp_path)

@@ -1,0 +1,52 @@
+"""Inputs and comparisons of the operator tests."""
+
+import torch
+from torch import Tensor
+
+
+def make_inputs(num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, *, seed: int, dtype=torch.float64) -> list[Tensor]:
+    """q, k, v `[T, H, D]`, contiguous leaves, and the gradient `[T, Hq, D]` that a loss sends back."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = (num_heads, num_kv_heads, num_kv_heads, num_heads)
+    q, k, v, d_out = (
+        torch.randn(num_tokens, h, head_dim, generator=generator, dtype=torch.float64).to(dtype) for h in heads
+    )
+    return [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), d_out]
+
+
+def with_dtype(inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The same numbers in another dtype, as fresh leaves."""
+    *leaves, d_out = inputs
+    return [*(x.detach().to(dtype).requires_grad_() for x in leaves), d_out.to(dtype)]
+
+
+def forward_backward(attention, inputs: list[Tensor]) -> dict[str, Tensor]:
+    """Output and every gradient of `attention(q, k, v)`."""
+    q, k, v, d_out = inputs
+    out = attention(q, k, v)
+    d_q, d_k, d_v = torch.autograd.grad(out, (q, k, v), d_out)
+    return {"out": out.detach(), "d_q": d_q, "d_k": d_k, "d_v": d_v}
+
+
+def cu_seqlens(bounds: list[int]) -> Tensor:
+    return torch.tensor(bounds, dtype=torch.int32)
+
+
+def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], *, atol: float) -> None:
+    for name, value in expected.items():
+        assert actual[name].shape == value.shape, name
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_error_within_twice(fast: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """Measured tolerance: in root-mean-square the fast path is at most twice as far from the exact result as plain torch."""
+    for name, truth in exact.items():
+        fast_error, plain_error = ((x[name].double() - truth).norm() for x in (fast, plain))
+        assert fast_error <= 2 * plain_error, name
+
+
+def assert_largest_error_within_twice(fast: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """The same for the worst element, plus 8 units of fp32 rounding of the largest value, as fp32's worst is one outlier."""
+    for name, truth in exact.items():
+        fast_error, plain_error = ((x[name].double() - truth).abs().max() for x in (fast, plain))
+        assert fast_error <= 2 * plain_error + 8 * torch.finfo(torch.float32).eps * truth.abs().max(), name

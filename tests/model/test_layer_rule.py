@@ -1,0 +1,80 @@
+"""The rule that gives each layer its attention (configs/layers.py), and the attention files."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.schema import AttentionConfig, ConfigError
+
+
+def kinds(rule: str, num_layers: int, **sizes: int) -> list[str]:
+    return [str(layer) for layer in AttentionConfig(rule=rule, **sizes).per_layer(num_layers)]
+
+
+F, M = "full", "moba(512, 3)"
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("full", [F] * 6),
+        ("moba", [M] * 6),
+        ("all moba(128, 8)", ["moba(128, 8)"] * 6),
+        ("last 3 full, rest moba", [M, M, M, F, F, F]),
+        ("LAST 1 Full, REST MoBA", [M, M, M, M, M, F]),
+        ("first 2 full, rest moba", [F, F, M, M, M, M]),
+        ("every 2 full, rest moba(64, 2)", ["moba(64, 2)", F] * 3),
+        ("layers 0 5 full, rest moba", [F, M, M, M, M, F]),
+        ("layers 5 moba, last 2 full, rest moba( 4 , 1 )", ["moba(4, 1)"] * 4 + [F, M]),
+        ("first 9 full", [F] * 6),
+    ],
+)
+def test_rules(rule, expected):
+    assert kinds(rule, 6) == expected
+
+
+def test_plain_moba_takes_the_configs_sizes():
+    assert kinds("last 1 full, rest moba", 2, block_size=64, topk=7) == ["moba(64, 7)", F]
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("", "does not end in an attention kind"),
+        ("window", "accepted: full, moba, moba"),
+        ("moba(512)", "does not end in an attention kind"),
+        ("moba(0, 3)", "must be at least 1"),
+        ("full(4, 3)", "takes no numbers"),
+        ("last full", "does not select layers; accepted: all, rest"),
+        ("last 0 full", "does not select layers"),
+        ("some 3 full", "does not select layers"),
+        ("full,", "does not end in an attention kind"),
+    ],
+)
+def test_unreadable_rules_are_refused_at_once(rule, message):
+    with pytest.raises(ConfigError, match=message):
+        AttentionConfig(rule=rule)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("last 2 full", r"layers \[0, 1, 2, 3\] of 6 are named by no clause"),
+        ("full, rest moba", "'rest moba\\(512, 3\\)' names no layer that is still free among 6"),
+        ("layers 6 full, rest moba", r"layers \[6\] do not exist; the model has layers 0..5"),
+        ("every 7 full, rest moba", "names no layer"),
+    ],
+)
+def test_rules_that_do_not_fit_the_model_are_refused(rule, message):
+    with pytest.raises(ConfigError, match=message):
+        AttentionConfig(rule=rule).per_layer(6)
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_last_and_first_cut_where_they_say(num_layers, count):
+    if count >= num_layers:
+        with pytest.raises(ConfigError, match="names no layer"):
+            kinds(f"last {count} full, rest moba", num_layers)
+    else:
+        assert kinds(f"last {count} full, rest moba", num_layers) == [M] * (num_layers - count) + [F] * count
+        assert kinds(f"first {count} full, rest moba", num_layers) == [F] * count + [M] * (num_layers - count)

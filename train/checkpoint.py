@@ -1,0 +1,237 @@
+"""Checkpoints that are complete or absent: written beside, checksummed, renamed; `latest` moves last.
+
+    run_dir/checkpoints/step_00000200/
+        engine/          DeepSpeed's weights and optimizer state, one file a rank
+        rng_00000.pt     torch's random state, one file a rank
+        state.json       step, stream position, counters, layout (`TrainingState`)
+        manifest.json    bytes and BLAKE2 hash of every file above
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.registry import from_mapping, to_mapping
+from configs.schema import CheckpointConfig, ConfigError, RunConfig
+from train.distributed import Ranks, from_main, gather_objects, on_main
+from train.engine import Engine
+from train.run_dir import first_difference, write_atomically
+
+_NAME = re.compile(r"^step_(\d{8})$")
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """Everything but tensors: `step` counts finished steps, `stream` is the loader's own state, `config` the resolved run."""
+
+    step: int
+    stream: dict[str, int]
+    skipped: int
+    skipped_in_a_row: int
+    world_size: int
+    tokenizer_hash: str
+    config: dict[str, Any]
+    git: dict[str, Any]
+
+    def run(self) -> RunConfig:
+        """The resolved config that the checkpoint was trained under."""
+        return from_mapping(RunConfig, self.config)
+
+
+def save(root: Path, engine: Engine, state: TrainingState, config: CheckpointConfig, ranks: Ranks) -> Path:
+    """Writes the checkpoint of `state.step`, then lets go of old ones. Every rank calls it.
+
+    Raises ConfigError where the disk is full: what was written is removed, the checkpoints before it stay as they were.
+    """
+    target, beside = root / f"step_{state.step:08d}", root / f"{_PARTIAL}_{state.step:08d}"
+    on_main(ranks, lambda: _make_room(root, beside))
+    try:
+        engine.save(beside)
+        torch.save({"torch": torch.get_rng_state()}, beside / f"rng_{ranks.rank:05d}.pt")
+        if ranks.is_main:
+            write_atomically(beside / "state.json", json.dumps(asdict(state), indent=2) + "\n")
+        files = _hash_files(beside, ranks)
+        if ranks.is_main:
+            write_atomically(beside / "manifest.json", json.dumps({"step": state.step, "files": files}, indent=2) + "\n")
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
+        shutil.rmtree(beside, ignore_errors=True)
+        raise ConfigError(f"checkpoint of step {state.step} could not be written to {root} ({error}); {_newest_text(root)}") from error
+    if ranks.is_main:
+        if target.exists():  # a resumed run that comes by the same step again
+            shutil.rmtree(target)
+        beside.rename(target)
+        _sync_folder(root)
+        write_atomically(root / "latest", target.name + "\n")
+        _forget_old(root, config)
+    from_main(None)  # nobody goes on before the checkpoint is whole
+    return target
+
+
+def _make_room(root: Path, beside: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(f"{_PARTIAL}_*"):
+        shutil.rmtree(leftover)
+    newest = max(_steps(root), default=None)
+    needed = sum(file.stat().st_size for file in _files(root / f"step_{newest:08d}")) if newest is not None else 0
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise ConfigError(f"no room for a checkpoint in {root}: the last one takes {needed} bytes, {free} are free; {_newest_text(root)}")
+    beside.mkdir()
+
+
+def _newest_text(root: Path) -> str:
+    newest = max(_steps(root), default=None)
+    return "there is no earlier checkpoint" if newest is None else f"step_{newest:08d} before it is whole"
+
+
+def _hash_files(folder: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
+    names = from_main([str(file.relative_to(folder)) for file in _files(folder)] if ranks.is_main else None)
+    mine = {name: _fingerprint(folder / name) for name in names[ranks.rank :: ranks.world_size]}
+    return {name: entry for part in gather_objects(mine) for name, entry in part.items()}
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
+    return {"bytes": path.stat().st_size, "blake2b": digest}
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def _steps(root: Path) -> list[int]:
+    return sorted(int(match[1]) for path in root.glob("step_*") if (match := _NAME.match(path.name)))
+
+
+def _forget_old(root: Path, config: CheckpointConfig) -> None:
+    for step in _steps(root)[: -config.keep_last]:
+        if not (config.keep_every and step % config.keep_every == 0):
+            shutil.rmtree(root / f"step_{step:08d}")
+
+
+def verify(checkpoint: Path) -> None:
+    """Raises ConfigError naming the first file that is missing, cut short or changed."""
+    manifest = checkpoint / "manifest.json"
+    if not manifest.is_file():
+        raise ConfigError(f"{checkpoint}: is not a whole checkpoint (manifest.json is missing)")
+    try:
+        entries = json.loads(manifest.read_text())["files"]
+    except (ValueError, KeyError):
+        raise ConfigError(f"{checkpoint}: is damaged: manifest.json cannot be read") from None
+    for name, entry in entries.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise ConfigError(f"{checkpoint}: is damaged: {name} is missing")
+        if path.stat().st_size != entry["bytes"]:
+            raise ConfigError(f"{checkpoint}: is damaged: {name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
+        if _fingerprint(path)["blake2b"] != entry["blake2b"]:
+            raise ConfigError(f"{checkpoint}: is damaged: the checksum of {name} does not match")
+
+
+def newest_valid(root: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint under `root` that verifies, None where there is none at all; damaged ones are said.
+
+    Raises ConfigError where there are checkpoints and all are damaged: to start anew over them would be a silent loss.
+    """
+    found = [root / f"step_{step:08d}" for step in reversed(_steps(root))]
+    for checkpoint in found:
+        try:
+            verify(checkpoint)
+        except ConfigError as error:
+            say(f"{error}; trying the one before it")
+        else:
+            return checkpoint
+    if found:
+        raise ConfigError(f"{root}: all {len(found)} checkpoints are damaged; move them away to start anew")
+    return None
+
+
+def choose(resume: str, root: Path, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that `resume` (auto, never or a path) asks for; None starts anew. For rank 0.
+
+    Raises ConfigError for a damaged or missing path, offering the one before it, and for `never` over checkpoints.
+    """
+    if resume == "auto":
+        return newest_valid(root, say)
+    if resume == "never":
+        if _steps(root):
+            raise ConfigError(f"resume=never: {root} holds checkpoints; choose another run_dir, or resume=auto to go on")
+        return None
+    return resolve(resume)
+
+
+def resolve(path: str) -> Path:
+    """A checkpoint folder, or a run folder's newest valid checkpoint. Raises ConfigError, offering an intact one before a damaged one."""
+    given = Path(path)
+    if not given.is_dir():
+        raise ConfigError(f"{path}: no such checkpoint or run folder")
+    if (given / "checkpoints").is_dir():
+        newest = newest_valid(given / "checkpoints", lambda message: None)
+        if newest is None:
+            raise ConfigError(f"{path}: the run has no checkpoint yet")
+        return newest
+    try:
+        verify(given)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {_offer(given)}") from None
+    return given
+
+
+def _offer(damaged: Path) -> str:
+    match = _NAME.match(damaged.name)
+    for step in reversed(_steps(damaged.parent)):
+        candidate = damaged.parent / f"step_{step:08d}"
+        if match and step < int(match[1]):
+            try:
+                verify(candidate)
+            except ConfigError:
+                continue
+            return f"{candidate} before it is whole"
+    return "there is no whole checkpoint before it"
+
+
+def read_state(checkpoint: Path) -> TrainingState:
+    """The state that lies in a verified checkpoint."""
+    return TrainingState(**json.loads((checkpoint / "state.json").read_text()))
+
+
+def check_fits(state: TrainingState, run: RunConfig, *, tokenizer_hash: str, ranks: Ranks) -> None:
+    """Raises ConfigError where the run cannot go on from a checkpoint: another model, tokenizer, ZeRO stage or number of ranks."""
+    before = state.run()
+    differences = [
+        ("model", to_mapping(before.model), to_mapping(run.model)),
+        ("parallel.zero_stage", before.parallel.zero_stage, run.parallel.zero_stage),
+        ("parallel.precision", before.parallel.precision.value, run.parallel.precision.value),
+        ("the number of ranks", state.world_size, ranks.world_size),
+        ("the tokenizer's hash", state.tokenizer_hash, tokenizer_hash),
+    ]
+    for key, old, new in differences:
+        found = first_difference(old, new, key)
+        if found:
+            where, old, new = found
+            raise ConfigError(f"resume={run.resume}: {where} is {old} in the checkpoint of step {state.step} and {new} here")
+    if state.step > run.total_steps:
+        raise ConfigError(f"resume={run.resume}: the checkpoint is of step {state.step}, the run has {run.total_steps} steps")
+
+
+def restore(checkpoint: Path, engine: Engine, ranks: Ranks) -> None:
+    """Loads weights, optimizer and this rank's random state; check layout and model against `read_state` first."""
+    engine.load(checkpoint)
+    torch.set_rng_state(torch.load(checkpoint / f"rng_{ranks.rank:05d}.pt", weights_only=True)["torch"])

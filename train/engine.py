@@ -1,0 +1,149 @@
+"""DeepSpeed, and nothing but DeepSpeed: the only file that imports it, and the one place its config dict is derived.
+
+What DeepSpeed leaves silent is made loud here: a skipped step is returned as such at every ZeRO stage, the gradient norm
+is reported at every stage, and clipping is what our config says (DeepSpeed's own default is 1.0).
+"""
+
+import contextlib
+import io
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.schema import OptimConfig, ParallelConfig, Precision
+from data.loader import Batch
+from train.distributed import Ranks
+from train.optim import build_optimizer
+
+_TAG = "engine"
+_BUCKET = 500_000_000  # elements; DeepSpeed's own default, allocated whole, so a small model must ask for less
+
+
+def _deepspeed(device: torch.device) -> ModuleType:
+    """The package, told its accelerator first: it decides at import, and would take a GPU that we were told to leave."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+
+    # Only inference all-reduce uses this operator, and its first use compiles for half a minute.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    return deepspeed
+
+
+def deepspeed_config(parallel: ParallelConfig, optim: OptimConfig, num_parameters: int) -> dict[str, Any]:
+    """DeepSpeed's dict. Accumulation stays 1 there: `Engine` states every boundary itself, so stages may differ in it."""
+    bucket = min(_BUCKET, num_parameters)
+    return {
+        "train_micro_batch_size_per_gpu": parallel.micro_batch_rows,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.clip_norm,
+        "zero_optimization": {
+            "stage": parallel.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+        "bf16": {"enabled": parallel.precision is Precision.BF16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": None,
+    }
+
+
+def start_processes(ranks: Ranks) -> None:
+    """Joins the process group (NCCL on GPUs, gloo on CPUs) and gives each local rank its share of the cores."""
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    else:
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    _deepspeed(ranks.device).init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """Gradient norm before clipping (not finite where the step was skipped) and whether the weights moved."""
+
+    grad_norm: float
+    skipped: bool
+
+
+class Engine:
+    """A model and its optimizer under DeepSpeed: micro-steps, one optimizer step, save and load."""
+
+    def __init__(self, model: nn.Module, *, parallel: ParallelConfig, optim: OptimConfig, ranks: Ranks) -> None:
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self._ranks = ranks
+        self._stage = parallel.zero_stage
+        self._engine, self._optimizer, _, _ = _deepspeed(ranks.device).initialize(
+            model=model,
+            optimizer=build_optimizer(model, optim),
+            config=deepspeed_config(parallel, optim, num_parameters),
+            dist_init_required=False,
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself; under ZeRO-3 its parameters are shards."""
+        return self._engine.module
+
+    def micro_step(self, batch: Batch, *, weight: float, last: bool) -> float:
+        """Forward and backward of `weight` × the summed loss of one micro-batch; returns the summed loss.
+
+        `last` marks the micro-batch before the optimizer step. DeepSpeed averages gradients over ranks and never over
+        accumulation here, so `weight = world_size / targets of the whole step` gives the mean over all its targets.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        losses = self._engine(batch.tokens.flatten(), batch.positions.flatten(), batch.cu_seqlens, batch.labels.flatten())
+        loss = losses.sum()
+        self._engine.backward(loss * weight, scale_wrt_gas=False)
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """Per-token losses [rows * seq_len], fp32, without a backward pass."""
+        return self._engine(batch.tokens.flatten(), batch.positions.flatten(), batch.cu_seqlens, batch.labels.flatten())
+
+    def step(self, lr: float) -> StepResult:
+        """The optimizer step at this learning rate. A non-finite gradient leaves weights and moments as they were."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        if self._stage == 0:
+            return self._plain_step()
+        skipped_before = self._engine.skipped_steps
+        self._engine.step()
+        return StepResult(grad_norm=float(self._engine.get_global_grad_norm()), skipped=self._engine.skipped_steps > skipped_before)
+
+    def _plain_step(self) -> StepResult:
+        # Without ZeRO, fp32 DeepSpeed neither reports a norm nor skips: gradients are whole on every rank, so we see to it.
+        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        skipped = not torch.isfinite(torch.tensor(norm)).item()
+        if skipped:
+            self.module.zero_grad(set_to_none=True)  # AdamW leaves a parameter without a gradient alone
+        self._engine.step()
+        return StepResult(grad_norm=norm, skipped=skipped)
+
+    def save(self, directory: Path) -> None:
+        """Writes weights and optimizer state under `directory`, every rank its part; returns when all ranks have."""
+        self._engine.save_checkpoint(str(directory), tag=_TAG, client_state={}, save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        """Restores what `save` wrote, at the same ZeRO stage and number of ranks."""
+        path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG)
+        assert path is not None, f"DeepSpeed found nothing to load in {directory}"
+
+
+def load_weights(directory: Path, *, zero_stage: int) -> dict[str, torch.Tensor]:
+    """Parameters that `Engine.save` wrote at any ZeRO stage and number of ranks: whole, fp32, on the CPU, by name."""
+    if zero_stage == 0:
+        return torch.load(directory / _TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+    _deepspeed(torch.device("cpu"))
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        return get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=_TAG)

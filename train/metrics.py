@@ -1,0 +1,185 @@
+"""Where a run's figures go: metrics.jsonl always, a live line on the terminal, wandb and TensorBoard when asked."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from configs.registry import to_mapping
+from configs.schema import LoggingConfig, RunConfig
+from train.run_dir import write_atomically
+
+FILE = "metrics.jsonl"
+# Dense bf16 peak of one GPU in FLOP/s, from the vendor's data sheets; MFU is left out on anything else.
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "B200": 2250e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """bf16 peak of the device in FLOP/s, None where it is not known (CPUs among others)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in _PEAK_FLOPS.items() if key in name), None)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process so far in GiB: the allocator's on a GPU, the resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+class _Sink(Protocol):
+    def write(self, values: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _JsonLines:
+    def __init__(self, path: Path, first_step: int) -> None:
+        """Keeps the lines of steps before `first_step`: a killed launch may have gone past the checkpoint it resumes from."""
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if _is_before(line, first_step)]
+            write_atomically(path, "".join(f"{line}\n" for line in lines))
+        self._file = path.open("a", buffering=1)
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        # JSON knows no NaN: a loss that is not finite is written as null.
+        plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+        self._file.write(json.dumps(plain) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _is_before(line: str, first_step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= first_step
+    except ValueError:  # the line that a kill cut short
+        return False
+
+
+class _Terminal:
+    def __init__(self, run: RunConfig, first_step: int) -> None:
+        self._every = run.logging.every_steps
+        console = Console(file=sys.stderr)
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"), TimeRemainingColumn(compact=True))
+        self._progress = Progress(*columns, console=console, transient=False) if console.is_terminal else None
+        if self._progress:
+            self._progress.start()
+            self._task = self._progress.add_task(run.name, total=run.total_steps, completed=first_step, text="")
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        if "event" in values:
+            text = " ".join(f"{key}={_short(value)}" for key, value in values.items() if not isinstance(value, (list, dict)))
+            self._say(text)
+        elif self._progress:
+            self._progress.update(self._task, completed=values["step"], text=_line(values))
+        elif values["step"] % self._every == 0:
+            self._say(_line(values))
+
+    def _say(self, text: str) -> None:
+        if self._progress:
+            self._progress.console.print(text, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._progress:
+            self._progress.stop()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    mfu = f" mfu {values['mfu_dense_equivalent']:.1%}/{values['mfu_executed']:.1%}" if values["mfu_executed"] is not None else ""
+    skipped = f" skipped {values['skipped_steps']}" if values["skipped_steps"] else ""
+    return (
+        f"step {values['step']} loss {values['loss']:.4f} lr {values['lr']:.2e} norm {values['grad_norm']:.2f} "
+        f"tokens {values['tokens'] / 1e6:.2f}M context {values['context']} {values['tokens_per_second']:,.0f} tok/s{mfu} "
+        f"mem {values['memory_gib']:.1f}G{skipped}"
+    )
+
+
+class _Wandb:
+    def __init__(self, run: RunConfig, folder: Path) -> None:
+        import wandb
+
+        has_key = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").is_file()
+        mode = os.environ.get("WANDB_MODE", "online" if has_key else "offline")
+        identity = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()  # a resume goes on in the same curve
+        self._run = wandb.init(
+            project=run.logging.project, name=run.name, id=identity, resume="allow", mode=mode, dir=str(folder), config=to_mapping(run)
+        )
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        self._run.log(_scalars(values), step=values["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        for key, value in _scalars(values).items():
+            self._writer.add_scalar(key, value, values["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
+    prefix = f"{values['event']}/" if "event" in values else ""
+    return {f"{prefix}{key}": value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"}
+
+
+class Metrics(contextlib.AbstractContextManager["Metrics"]):
+    """All sinks of a run as one; on ranks other than 0 it has none."""
+
+    def __init__(self, run: RunConfig, folder: Path, *, first_step: int, is_main: bool) -> None:
+        self._sinks: list[_Sink] = _open_sinks(run, run.logging, folder, first_step) if is_main else []
+
+    def step(self, values: Mapping[str, Any]) -> None:
+        """One optimizer step; `step` counts finished steps, so the first is 1."""
+        self._write(values)
+
+    def event(self, name: str, step: int, **values: Any) -> None:
+        """Something that happened after `step` finished steps: an evaluation, a switch, a skipped step, a checkpoint."""
+        self._write({"event": name, "step": step, **values})
+
+    def _write(self, values: Mapping[str, Any]) -> None:
+        for sink in self._sinks:
+            sink.write(values)
+
+    def __exit__(self, *exception: object) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+def _open_sinks(run: RunConfig, config: LoggingConfig, folder: Path, first_step: int) -> list[_Sink]:
+    sinks: list[_Sink] = [_JsonLines(folder / FILE, first_step)]
+    if config.progress:
+        sinks.append(_Terminal(run, first_step))
+    if config.wandb:
+        sinks.append(_Wandb(run, folder))
+    if config.tensorboard:
+        sinks.append(_TensorBoard(folder, first_step))
+    return sinks

@@ -1,0 +1,60 @@
+"""AdamW's parameter groups and the learning rate as a function of tokens."""
+
+import math
+
+import torch
+from torch import nn
+
+from configs.schema import OptimConfig, ScheduleKind
+
+
+def parameter_family(name: str, parameter: torch.Tensor) -> str:
+    """`norm`, `bias`, `embedding` or `matrix`, from a parameter's dotted name."""
+    if name.endswith(".bias"):
+        return "bias"
+    if "norm" in name:
+        return "norm"
+    return "embedding" if "embedding" in name else "matrix"
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with a decayed and an undecayed group.
+
+    Raises ValueError where a family named in `no_decay` exists in no model of ours, or nothing would be decayed
+    although a decay is asked for: a group that matches nothing is a silent mistake otherwise.
+    """
+    decayed, undecayed = [], []
+    for name, parameter in model.named_parameters():
+        (undecayed if parameter_family(name, parameter) in config.no_decay else decayed).append(parameter)
+    if config.weight_decay > 0 and not decayed:
+        raise ValueError(f"weight_decay={config.weight_decay}: no parameter is left to decay after no_decay={config.no_decay}")
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
+    # An empty group would be refused by ZeRO.
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+
+
+def learning_rate(config: OptimConfig, tokens: int, total_tokens: int) -> float:
+    """Learning rate of the step that begins after `tokens` of `total_tokens`.
+
+    Linear warm-up over `warmup_fraction`, then: constant; linear to `min_lr_ratio`; half a cosine to `min_lr_ratio`
+    (Loshchilov & Hutter 2017, eq. 5); or wsd: flat, then linear over the last `decay_fraction` (Hu et al. 2024).
+    """
+    done = tokens / total_tokens
+    if done < config.warmup_fraction:
+        return config.lr * done / config.warmup_fraction
+    floor = config.min_lr_ratio
+    after_warmup = (done - config.warmup_fraction) / max(1 - config.warmup_fraction, 1e-12)
+    if config.schedule is ScheduleKind.CONSTANT:
+        scale = 1.0
+    elif config.schedule is ScheduleKind.LINEAR:
+        scale = 1 - (1 - floor) * after_warmup
+    elif config.schedule is ScheduleKind.COSINE:
+        scale = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * after_warmup))
+    else:
+        into_decay = (done - (1 - config.decay_fraction)) / max(config.decay_fraction, 1e-12)
+        scale = 1 - (1 - floor) * min(max(into_decay, 0.0), 1.0)
+    return config.lr * scale
