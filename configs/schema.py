@@ -459,7 +459,7 @@ class EvaluateConfig:
     """Folder of the report; empty: `evaluation` inside the run folder."""
     contexts: tuple[int, ...] = (512, 2048)
     """Context lengths, in tokens."""
-    attention: tuple[str, ...] = ()
+    attentions: tuple[str, ...] = ()
     """Attention rules tried on the same weights, such as full or moba(128, 4); empty: the one it was trained with last."""
     max_documents: int = 32
     """Longest held-out documents that are scored; 0 takes all."""
@@ -480,4 +480,5 @@ class EvaluateConfig:
         for context in self.contexts:
             _require(context >= 1, "contexts", context, "must be at least 1")
         _at_least(self, 0, "max_documents", "min_document_tokens", "max_document_tokens")
+        _require(self.max_document_tokens != 1, "max_document_tokens", 1, "must be 0 or at least 2 (a document's first token is not scored)")
 

@@ -1,6 +1,6 @@
 """Packed rows: what a model is fed in one forward pass."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -47,9 +47,8 @@ class Batch:
     """Labels that are not IGNORE in the whole optimizer step, over its micro-batches and all ranks: the loss's denominator."""
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with its tensors on `device`."""
-        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)}
-        return replace(self, **tensors)
+        """The same batch with tokens, labels and positions on `device`; cu_seqlens stay on the CPU, where attention reads them."""
+        return replace(self, tokens=self.tokens.to(device), labels=self.labels.to(device), positions=self.positions.to(device))
 
 
 def pack(table: DocumentTable, rows: list[list[Piece]], *, step_targets: int, masked_rows: int = 0) -> Batch:

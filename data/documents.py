@@ -91,7 +91,9 @@ def _paths(source: SourceConfig, *suffixes: str) -> list[Path]:
     found = sorted(Path(p) for p in glob.glob(source.path, recursive=True) if Path(p).is_file())
     if not found:
         parent = path.parent
-        there = f"{parent} holds: {_some(sorted(p.name for p in parent.iterdir()))}" if parent.is_dir() else f"nor is there a folder {parent}"
+        there = (
+            f"{parent} holds: {_some(sorted(p.name for p in parent.iterdir()))}" if parent.is_dir() else f"nor is there a folder {parent}"
+        )
         raise _refusal(source, f"no such file, folder or glob; {there}")
     return found
 

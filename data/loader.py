@@ -22,9 +22,17 @@ class Loader:
     """
 
     def __init__(
-        self, table: DocumentTable, stream: TokenStream, fingerprint: int, *, seq_len: int, rows_per_step: int, micro_batch_rows: int,
-        rank: int, world_size: int,
-    ) -> None:  # fmt: skip
+        self,
+        table: DocumentTable,
+        stream: TokenStream,
+        fingerprint: int,
+        *,
+        seq_len: int,
+        rows_per_step: int,
+        micro_batch_rows: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
         self.seq_len, self.rows_per_step, self.micro_batch_rows = seq_len, rows_per_step, micro_batch_rows
         self.rank, self.world_size = rank, world_size
         self.epoch_tokens = stream.epoch_tokens
@@ -49,9 +57,7 @@ class Loader:
 
     def state_dict(self) -> dict[str, int]:
         """Where the next step begins, and of which stream: the same integers on every rank."""
-        return {
-            "epoch": self.position.epoch, "offset": self.position.offset, "seed": self._stream.seed, "corpus": self._fingerprint
-        }  # fmt: skip
+        return {"epoch": self.position.epoch, "offset": self.position.offset, "seed": self._stream.seed, "corpus": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes on from `state`, which may come from another seq_len, batch or world size.
@@ -93,17 +99,21 @@ def build_loader(
     table = opened.split(split)
     _require_documents(opened, table)
     loader = Loader(
-        table, TokenStream(table.lengths, seed=seed), opened.fingerprint, seq_len=seq_len, rows_per_step=rows_per_step,
-        micro_batch_rows=micro_batch_rows, rank=rank, world_size=world_size,
-    )  # fmt: skip
+        table,
+        TokenStream(table.lengths, seed=seed),
+        opened.fingerprint,
+        seq_len=seq_len,
+        rows_per_step=rows_per_step,
+        micro_batch_rows=micro_batch_rows,
+        rank=rank,
+        world_size=world_size,
+    )
     if state is not None:
         loader.load_state_dict(state)
     return loader
 
 
-def heldout_rows(
-    corpus: Corpus, *, seq_len: int, rows: int, micro_batch_rows: int = 1, rank: int = 0, world_size: int = 1
-) -> list[Batch]:
+def heldout_rows(corpus: Corpus, *, seq_len: int, rows: int, micro_batch_rows: int = 1, rank: int = 0, world_size: int = 1) -> list[Batch]:
     """The first `rows` held-out rows in one fixed shuffled order, as this rank's batches; the same rows in every run.
 
     Fewer where held-out holds fewer full rows, so that none is scored twice. Every rank gets the same number of batches, since its
@@ -131,7 +141,7 @@ def heldout_rows(
 
 def _require_documents(corpus: Corpus, table: DocumentTable) -> None:
     if table.num_documents == 0:
-        raise ConfigError(f"prepared_dir={corpus.folder}: its {table.name} split holds no documents")
+        raise ConfigError(f"data.prepared_dir={corpus.folder}: its {table.name} split holds no documents")
 
 
 __all__ = ["IGNORE", "Batch", "Loader", "PieceOrigin", "build_loader", "heldout_rows"]

@@ -1,10 +1,10 @@
 """What a prepared folder says about itself: counts, tokenizer, the config that made it, and a checksum of every file.
 
-    manifest.json                      this
-    tokenizer.model | tokenizer.json   (and tokenizer_config.json where there was one)
-    train-00000.bin ...                token ids, little-endian uint16 or uint32; per document [bos] tokens [eos]
-    train-index.npy                    one INDEX record per document
-    heldout-00000.bin ..., heldout-index.npy
+manifest.json                      this
+tokenizer.model | tokenizer.json   (and tokenizer_config.json where there was one)
+train-00000.bin ...                token ids, little-endian uint16 or uint32; per document [bos] tokens [eos]
+train-index.npy                    one INDEX record per document
+heldout-00000.bin ..., heldout-index.npy
 """
 
 import hashlib
@@ -80,7 +80,7 @@ class Manifest:
             version = content["format_version"]
         except OSError:
             raise ConfigError(
-                f"prepared_dir={folder}: no prepared corpus there; make it with `python -m scripts.prepare_data data={folder.name}`"
+                f"data.prepared_dir={folder}: no prepared corpus there; make it with `python -m scripts.prepare_data data={folder.name}`"
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError):
             raise damaged(path, "is not a manifest") from None

@@ -50,7 +50,7 @@ def prepare(config: DataConfig, *, overwrite: bool = False, progress: Progress =
         return found
     target = Path(config.prepared_dir)
     if target.exists() and not (target / FILE_NAME).exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"prepared_dir={target}: exists and is no corpus; it is left as it is, name another folder")
+        raise ConfigError(f"data.prepared_dir={target}: exists and is no corpus; it is left as it is, name another folder")
     if not config.sources:
         raise ConfigError("data.sources=[]: must name at least one source")
     with building(target) as folder:
@@ -131,7 +131,9 @@ def _place_tokenizer(config: DataConfig, folder: Path, progress: Progress) -> tu
         path /= next(name for name, kind in FILE_NAMES.items() if kind is given.kind)
     tokenizer = load_tokenizer(path)
     if FILE_NAMES[tokenizer.file_name] is not given.kind:
-        raise ConfigError(f"tokenizer.path={given.path}: a {FILE_NAMES[tokenizer.file_name].value} file, kind={given.kind.value} was asked for")
+        raise ConfigError(
+            f"data.tokenizer.path={given.path}: a {FILE_NAMES[tokenizer.file_name].value} file, kind={given.kind.value} was asked for"
+        )
     shutil.copyfile(path, folder / tokenizer.file_name)
     beside = path.with_name("tokenizer_config.json")
     if given.kind is TokenizerKind.HUGGINGFACE and beside.is_file():
@@ -215,5 +217,5 @@ def _require_both(config: DataConfig, documents: dict[str, int], dropped: Counte
         raise ConfigError(f"data.heldout_fraction={config.heldout_fraction}: all {total} documents are held out, none is left for training")
     if documents["heldout"] == 0 and config.heldout_fraction > 0:
         raise ConfigError(
-            f"data.heldout_fraction={config.heldout_fraction}: none of the {total} documents is held out; raise it, or 0 for none on purpose"
+            f"data.heldout_fraction={config.heldout_fraction}: none of {total} documents is held out; raise it, or 0 for none on purpose"
         )

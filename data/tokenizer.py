@@ -92,7 +92,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.hash = content_hash(content)
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        bos, eos = (_named(vocabulary, (settings or {}).get(key), known) for key, known in (("bos_token", _KNOWN_BOS), ("eos_token", _KNOWN_EOS)))
+        bos, eos = (
+            _named(vocabulary, (settings or {}).get(key), known) for key, known in (("bos_token", _KNOWN_BOS), ("eos_token", _KNOWN_EOS))
+        )
         self.bos_id, self.eos_id = _separators(bos, eos, where)
 
     def encode(self, text: str) -> list[int]:
@@ -160,7 +162,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> bytes:
         )
     except (RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else "no reason given"
-        raise ConfigError(f"tokenizer.vocab_size={vocab_size}: the training text does not support it ({reason})") from None
+        raise ConfigError(f"data.tokenizer.vocab_size={vocab_size}: the training text does not support it ({reason})") from None
     return model.getvalue()
 
 

@@ -5,6 +5,8 @@ Workers are spawned, not forked: the parent may hold the threads of Arrow or tor
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -25,12 +27,12 @@ _tokenizer: Tokenizer | None = None
 
 def resolve_workers(num_workers: int) -> int:
     """Processes to use; 0 means every core this process may run on."""
-    return num_workers or len(os.sched_getaffinity(0))
+    if num_workers:
+        return num_workers
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def tokenise(
-    chunks: Iterable[Chunk[Record]], tokenizer: Path, dtype: np.dtype, num_workers: int
-) -> Iterator[tuple[Record, np.ndarray]]:
+def tokenise(chunks: Iterable[Chunk[Record]], tokenizer: Path, dtype: np.dtype, num_workers: int) -> Iterator[tuple[Record, np.ndarray]]:
     """Each record with the ids of its text (`dtype`, without separators), in the order of `chunks`.
 
     At most three chunks per worker are in memory. Raises ConfigError when a worker dies.
@@ -51,7 +53,7 @@ def tokenise(
             while waiting:
                 yield from _result(waiting)
         except BrokenProcessPool:
-            raise ConfigError(f"num_workers={num_workers}: a tokenising process died, perhaps out of memory; try fewer") from None
+            raise ConfigError(f"data.num_workers={num_workers}: a tokenising process died, perhaps out of memory; try fewer") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -64,7 +66,17 @@ def _result(waiting: deque) -> Iterator[tuple[Record, np.ndarray]]:
 def _load(path: Path) -> None:
     global _tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _tokenizer = load_tokenizer(path)
+
+
+def _end_with_parent() -> None:
+    """A worker holds its own queue open and would wait for ever on a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode(texts: list[str], dtype: np.dtype) -> list[np.ndarray]:

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -87,6 +87,7 @@ def building(target: Path) -> Iterator[Path]:
     process is building the same corpus.
     """
     partial = target.with_name(target.name + ".partial")
+    made = [parent for parent in target.parents if not parent.exists()]  # innermost first
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(partial, os.O_RDONLY)
@@ -96,26 +97,32 @@ def building(target: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when a process dies
         except OSError:
-            raise ConfigError(f"prepared_dir={target}: another process is preparing it") from None
+            raise ConfigError(f"data.prepared_dir={target}: another process is preparing it") from None
         try:
             for left in partial.iterdir():  # of a preparation that was killed
                 left.unlink()
             yield partial
             _flush(partial)
             _publish(partial, target)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise _unwritable(target, error) from None
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+        except BaseException as error:
+            _remove(partial, made)
+            if isinstance(error, OSError):
+                raise _unwritable(target, error) from None
             raise
     finally:
         os.close(lock)
 
 
+def _remove(partial: Path, made: list[Path]) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    with suppress(OSError):  # a parent that is no longer empty stays
+        for parent in made:
+            parent.rmdir()
+
+
 def _unwritable(target: Path, error: OSError) -> ConfigError:
     reason = "the disk is full" if error.errno in _FULL else "cannot be written"
-    return ConfigError(f"prepared_dir={target}: {reason} ({error.strerror or error}); nothing was kept")
+    return ConfigError(f"data.prepared_dir={target}: {reason} ({error.strerror or error}); nothing was kept")
 
 
 def _flush(folder: Path) -> None:

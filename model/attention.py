@@ -42,14 +42,11 @@ class Attention(nn.Module):
         """
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
-        is_next_token = cache is not None and cache.length > 0
         if cache is not None:
             cache.append(k, v)
-        if is_next_token:
-            out = _attend_cached(q.squeeze(0), cache)[None]
-        else:
-            out = _attend(q, k, v, cu_seqlens, attention, backend)
-        return self.o_proj(out.flatten(1))
+        if cache is None or cache.length == len(k):
+            return self.o_proj(_attend(q, k, v, cu_seqlens, attention, backend).flatten(1))
+        return self.o_proj(_attend_cached(q.squeeze(0), cache).flatten()[None])
 
 
 def check_kinds(per_layer: tuple[LayerAttention, ...], backend: str) -> None:

@@ -50,7 +50,8 @@ class Cursor:
         """Room for `capacity` tokens."""
         self.model = model
         self.length = 0
-        self.caches = [LayerCache(attention, capacity) for attention in model.attention]
+        empty = model.embedding.weight.new_empty(0, model.config.num_kv_heads, model.config.head_dim)
+        self.caches = [LayerCache(attention, capacity, empty) for attention in model.attention]
 
     def advance(self, tokens: Tensor) -> Tensor:
         """Read tokens int64 `[n]` (any number first, then one at a time); logits `[V]` of what comes after the last."""

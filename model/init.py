@@ -32,7 +32,7 @@ def initialise(model: Transformer, config: ModelConfig, seed: int) -> None:
             weight = torch.empty(module.weight.shape).normal_(0.0, std, generator=_generator(seed, name))
             module.weight.copy_(weight)
             if "bias" in parameters:
-                module.bias.zero_()
+                parameters["bias"].zero_()
         else:
             raise AssertionError(f"no initialisation is written for {name} ({type(module).__name__})")
 

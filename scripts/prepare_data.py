@@ -53,7 +53,11 @@ def _summary(manifest: Manifest, corpus: Corpus) -> Iterator[str]:
         )
     for source in manifest.sources:
         parts = (manifest.splits[split].by_source[source] for split in SPLITS)
-        yield f"  {source}: " + ", ".join(f"{part['documents']:,} documents {part['tokens']:,} tokens" for part in parts) + " (train, heldout)"
+        yield (
+            f"  {source}: "
+            + ", ".join(f"{part['documents']:,} documents {part['tokens']:,} tokens" for part in parts)
+            + " (train, heldout)"
+        )
     yield "left out: " + ", ".join(f"{count:,} {reason}" for reason, count in manifest.dropped.items())
     yield f"tokenizer: {manifest.tokenizer_file}, {manifest.vocab_size:,} tokens, hash {manifest.tokenizer_hash}"
     bins = {split: {low: documents for low, documents, _ in length_histogram(corpus.split(split).lengths)} for split in SPLITS}

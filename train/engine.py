@@ -8,12 +8,15 @@ import contextlib
 import io
 import os
 import sys
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from configs.schema import OptimConfig, ParallelConfig, Precision
@@ -28,6 +31,8 @@ _BUCKET = 500_000_000  # elements; DeepSpeed's own default, allocated whole, so 
 def _deepspeed(device: torch.device) -> ModuleType:
     """The package, told its accelerator first: it decides at import, and would take a GPU that we were told to leave."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    # Its collectives are called by names that torch has renamed: nothing a user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
     # Only inference all-reduce uses this operator, and its first use compiles for half a minute.
@@ -53,8 +58,9 @@ def deepspeed_config(parallel: ParallelConfig, optim: OptimConfig, num_parameter
     }
 
 
-def start_processes(ranks: Ranks) -> None:
-    """Joins the process group (NCCL on GPUs, gloo on CPUs) and gives each local rank its share of the cores."""
+@contextlib.contextmanager
+def processes(ranks: Ranks) -> Iterator[None]:
+    """Inside it, this process is in the group of all ranks (NCCL on GPUs, gloo on CPUs) and has its share of the cores."""
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     else:
@@ -62,6 +68,10 @@ def start_processes(ranks: Ranks) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     _deepspeed(ranks.device).init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()  # gloo's threads abort the interpreter at its end otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +101,9 @@ class Engine:
         """The model itself; under ZeRO-3 its parameters are shards."""
         return self._engine.module
 
-    def micro_step(self, batch: Batch, *, weight: float, last: bool) -> float:
-        """Forward and backward of `weight` × the summed loss of one micro-batch; returns the summed loss.
+    def micro_step(self, batch: Batch, *, weight: float, last: bool) -> torch.Tensor:
+        """Forward and backward of `weight` × the summed loss of one micro-batch; returns the summed loss,
+        fp32 on the device, so that nothing waits for it here.
 
         `last` marks the micro-batch before the optimizer step. DeepSpeed averages gradients over ranks and never over
         accumulation here, so `weight = world_size / targets of the whole step` gives the mean over all its targets.
@@ -101,7 +112,7 @@ class Engine:
         losses = self._engine(batch.tokens.flatten(), batch.positions.flatten(), batch.cu_seqlens, batch.labels.flatten())
         loss = losses.sum()
         self._engine.backward(loss * weight, scale_wrt_gas=False)
-        return float(loss.detach())
+        return loss.detach()
 
     @torch.no_grad()
     def losses(self, batch: Batch) -> torch.Tensor:

@@ -1,16 +1,24 @@
 """Loss on held-out text: a few fixed rows inside the loop, and whole long documents for `scripts.evaluate`."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
+from configs.layers import LayerAttention
+from configs.schema import ConfigError, EvaluateConfig, RunConfig, StageConfig
 from data.loader import IGNORE, Batch
+from data.shards import Corpus, DocumentTable
+from data.tokenizer import Tokenizer
 from model.transformer import Transformer
+from train.checkpoint import TrainingState
 from train.distributed import Ranks, sum_over_ranks
 from train.engine import Engine
+
+Advance = Callable[[int], None]
+"""Called with the number of tokens that have been scored since the last call."""
 
 # Tokens in one forward pass of a document evaluation, where the context is shorter.
 _PASS_TOKENS = 8192
@@ -22,12 +30,98 @@ def heldout_loss(engine: Engine, batches: Sequence[Batch], ranks: Ranks) -> floa
     return sum_over_ranks([total], ranks.device)[0] / batches[0].step_targets
 
 
+AttentionSettings = dict[str, tuple[LayerAttention, ...]]
+"""Label to the attention of each layer."""
+
+
+def attention_settings(config: EvaluateConfig, run: RunConfig, stage: StageConfig) -> AttentionSettings:
+    """The settings to try on a checkpoint of `stage`, equal ones once; a bare `moba` has the stage's block size and top-k.
+
+    Raises ConfigError for a rule that cannot be read or does not fit the model's layers.
+    """
+    found: AttentionSettings = {}
+    for index, rule in enumerate(config.attentions or (stage.attention.rule,)):
+        try:
+            layers = replace(stage.attention, rule=rule).per_layer(run.model.num_layers)
+        except ConfigError as error:
+            raise ConfigError(f"attentions.{index}: {error}") from None
+        if layers not in found.values():
+            found[attention_label(rule, layers)] = layers
+    return found
+
+
+def attention_label(rule: str, layers: Sequence[LayerAttention]) -> str:
+    """The rule as it was given, or where all layers are alike their attention in full: `moba(64, 3)` for `moba`."""
+    return str(layers[0]) if len(set(layers)) == 1 else rule
+
+
+def check_contexts(config: EvaluateConfig, run: RunConfig) -> None:
+    """Raises ConfigError for a context length that the model has no positions for."""
+    for context in config.contexts:
+        if context > run.model.max_seq_len:
+            limit = run.model.max_seq_len
+            raise ConfigError(f"contexts={context}: is beyond the positions the checkpoint's RoPE is set up for, model.max_seq_len={limit}")
+
+
+def open_corpus(config: EvaluateConfig, state: TrainingState) -> Corpus:
+    """The corpus, once it is sure that the checkpoint reads its tokens as they were meant. Raises ConfigError."""
+    corpus = Corpus.open(config.data.prepared_dir)
+    if corpus.tokenizer_hash != state.tokenizer_hash:
+        raise ConfigError(
+            f"data.prepared_dir={config.data.prepared_dir}: has tokenizer {corpus.tokenizer_hash}, the checkpoint was trained with "
+            f"{state.tokenizer_hash}; name the corpus it was trained on, or one prepared with its tokenizer"
+        )
+    return corpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A held-out document as it is scored: its ids [tokens] from the bos on, and the UTF-8 bytes of the text they spell.
+
+    A document that is cut short has lost its eos, and a character that the cut parts counts no bytes.
+    """
+
+    number: int
+    tokens: np.ndarray
+    text_bytes: int
+    is_cut: bool
+
+
+def choose_documents(corpus: Corpus, config: EvaluateConfig) -> list[Document]:
+    """The longest held-out documents that `config` lets through, longest first, equally long ones by number.
+
+    Raises ConfigError where there are none.
+    """
+    table = corpus.split("heldout")
+    if table.num_documents == 0:
+        where = f"data.prepared_dir={config.data.prepared_dir}"
+        raise ConfigError(f"{where}: has no held-out documents; prepare it with data.heldout_fraction above 0")
+    lengths = table.lengths
+    ranked = np.argsort(-lengths, kind="stable")
+    chosen = [int(number) for number in ranked if lengths[number] >= max(config.min_document_tokens, 2)]
+    if not chosen:
+        raise ConfigError(
+            f"min_document_tokens={config.min_document_tokens}: leaves none of the {table.num_documents} held-out documents, "
+            f"whose longest has {lengths.max()} tokens"
+        )
+    limit = config.max_document_tokens or int(lengths.max())
+    return [_read(table, number, limit, corpus.tokenizer) for number in chosen[: config.max_documents or None]]
+
+
+def _read(table: DocumentTable, number: int, limit: int, tokenizer: Tokenizer) -> Document:
+    tokens = table.tokens(number, 0, limit)
+    is_cut = len(tokens) < int(table.lengths[number])
+    text_bytes = len(tokenizer.decode(tokens).rstrip("\ufffd").encode()) if is_cut else table.byte_length(number)
+    return Document(number=number, tokens=tokens, text_bytes=text_bytes, is_cut=is_cut)
+
+
 @dataclass(kw_only=True)
 class Bucket:
-    """Tokens in [low, high) of some measure, and what they cost."""
+    """Tokens whose measure (position, document length) lies in [low, high), what they cost, and the documents they are from."""
 
     low: int
     high: int
+    documents: int = 0
     tokens: int = 0
     nats: float = 0.0
 
@@ -39,12 +133,16 @@ class Bucket:
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
-        return math.exp(self.loss)
+        return perplexity(self.loss)
 
 
 @dataclass(kw_only=True)
 class Scores:
-    """Losses of held-out documents under one attention setting and one context length."""
+    """Losses of held-out documents under one attention setting and one context length.
+
+    Buckets are powers of two, by their lower bound. Positions count tokens from a document's bos, which is position 0 and
+    is not scored; lengths are in scored documents' tokens, bos and eos included.
+    """
 
     nats: float = 0.0
     tokens: int = 0
@@ -58,8 +156,7 @@ class Scores:
         self.tokens += len(losses)
         self.text_bytes += text_bytes
         self._count(self.by_length, len(losses) + 1, losses)
-        position = np.arange(1, len(losses) + 1)
-        for power in range(int(position[-1]).bit_length()):
+        for power in range(len(losses).bit_length()):  # the last position is len(losses)
             low, high = 1 << power, 2 << power
             self._count(self.by_position, low, losses[low - 1 : high - 1])
 
@@ -67,6 +164,7 @@ class Scores:
     def _count(buckets: dict[int, Bucket], value: int, losses: np.ndarray) -> None:
         low = 1 << (value.bit_length() - 1)
         bucket = buckets.setdefault(low, Bucket(low=low, high=2 * low))
+        bucket.documents += 1
         bucket.tokens += len(losses)
         bucket.nats += float(losses.sum())
 
@@ -78,17 +176,25 @@ class Scores:
     @property
     def perplexity(self) -> float:
         """exp(loss), per token of this tokenizer."""
-        return math.exp(self.loss)
+        return perplexity(self.loss)
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits per byte of text, which tokenizers share: nats / (ln 2 · bytes)."""
-        return self.nats / (math.log(2) * self.text_bytes)
+        """Bits per byte of text, which tokenizers share: nats / (ln 2 · bytes).
+
+        The eos counts in the nats and not in the bytes: where a text ends is part of what has to be predicted.
+        """
+        return self.nats / (math.log(2) * self.text_bytes) if self.text_bytes else math.inf
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats; inf where that is beyond a float."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """Tokens [start, stop) of a document, of which the model scores those from `first` on."""
+    """Tokens [start, stop) of a document, fed to the model; scored are the predictions of tokens first..stop."""
 
     start: int
     stop: int
@@ -96,36 +202,53 @@ class Window:
 
 
 def windows(num_tokens: int, context: int) -> Iterator[Window]:
-    """Windows of at most `context` tokens in which each token but the first is scored exactly once.
+    """Windows of at most `context` tokens in which each token but the document's first is scored exactly once.
 
-    They move on by half a context, so a token that is scored sees at least half of `context` before it (all there is, near the
-    document's start). A window feeds tokens start..stop-1 and scores the predictions of tokens first..stop, one more than it feeds.
+    They move on by half a context, so a scored token has more than half of `context` before it in its window, or all there
+    is before it in the document.
     """
     scored = 1
     start = 0
     step = max(1, context // 2)
     while scored < num_tokens:
-        stop = min(start + context, num_tokens - 1)
+        stop = min(start + context, num_tokens - 1)  # the last token is predicted and predicts nothing
         yield Window(start=start, stop=stop, first=scored)
         scored = stop + 1
         start += step
 
 
+def score(
+    model: Transformer, documents: Sequence[Document], *, context: int, device: torch.device, advance: Advance = lambda tokens: None
+) -> Scores:
+    """Scores of `documents` (at least one) in windows of `context` tokens, under the attention that the model is set to."""
+    scores = Scores()
+    for document in documents:
+        scores.add(document_losses(model, document.tokens, context=context, device=device, advance=advance), document.text_bytes)
+    return scores
+
+
 @torch.no_grad()
-def document_losses(model: Transformer, tokens: np.ndarray, *, context: int, device: torch.device) -> np.ndarray:
-    """fp64 losses in nats [tokens - 1] of tokens 1, 2, ... of one document, each scored once; see `windows`."""
+def document_losses(
+    model: Transformer, tokens: np.ndarray, *, context: int, device: torch.device, advance: Advance = lambda tokens: None
+) -> np.ndarray:
+    """fp64 losses in nats [tokens - 1] of tokens 1, 2, ... of one document, each scored once; see `windows`.
+
+    Windows are packed as documents of their own: positions count, and MoBA's blocks begin, at a window's first token.
+    """
+    tokens = tokens.astype(np.int64)  # shards hold uint16, in which IGNORE would wrap around
     losses = np.full(len(tokens) - 1, np.nan)
     for group in _grouped(windows(len(tokens), context), max(1, _PASS_TOKENS // context)):
-        pieces = [np.arange(window.start, window.stop) for window in group]
-        labels = [np.where(piece + 1 >= window.first, tokens[piece + 1], IGNORE) for piece, window in zip(pieces, group, strict=True)]
-        bounds = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int32)
-        inputs = [
-            torch.from_numpy(np.concatenate(part).astype(np.int64)).to(device)
-            for part in ([tokens[piece] for piece in pieces], [np.arange(len(piece)) for piece in pieces], labels)
-        ]
-        found = model(inputs[0], inputs[1], torch.from_numpy(bounds), inputs[2]).double().cpu().numpy()
-        for window, low, high in zip(group, bounds[:-1], bounds[1:], strict=True):
+        places = [np.arange(window.start, window.stop) for window in group]
+        labels = [np.where(place + 1 >= window.first, tokens[place + 1], IGNORE) for place, window in zip(places, group, strict=True)]
+        bounds = np.cumsum([0, *map(len, places)])
+        fed, positions, targets = (
+            torch.from_numpy(np.concatenate(part)).to(device)
+            for part in ([tokens[place] for place in places], [np.arange(len(place)) for place in places], labels)
+        )
+        found = model(fed, positions, torch.from_numpy(bounds.astype(np.int32)), targets).double().cpu().numpy()
+        for window, low, high in zip(group, bounds, bounds[1:]):
             losses[window.first - 1 : window.stop] = found[low:high][window.first - 1 - window.start :]
+        advance(group[-1].stop - group[0].first + 1)
     return losses
 
 

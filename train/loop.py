@@ -138,7 +138,7 @@ class Trainer:
         result = self.engine.step(lr)
 
         flops = training_flops(self.run.model, self.engine.module.attention, _piece_lengths(batches))
-        loss, dense, executed = sum_over_ranks([sum(losses), flops.dense_equivalent, flops.executed], self.ranks.device)
+        loss, dense, executed = sum_over_ranks([float(sum(losses)), flops.dense_equivalent, flops.executed], self.ranks.device)
         loss /= batches[0].step_targets
         self.done += 1
         self._stream_state = self.loader.state_dict()

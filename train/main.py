@@ -14,7 +14,7 @@ from configs.checks import check_run
 from configs.registry import command
 from configs.schema import RunConfig
 from train.distributed import find_ranks
-from train.engine import start_processes
+from train.engine import processes
 from train.loop import train
 
 
@@ -23,8 +23,8 @@ def main(run: RunConfig) -> None:
     """Checks the run, joins the other ranks, trains."""
     ranks = find_ranks(run.device)
     check_run(run, world_size=ranks.world_size)
-    start_processes(ranks)
-    train(run, ranks)
+    with processes(ranks):
+        train(run, ranks)
 
 
 if __name__ == "__main__":

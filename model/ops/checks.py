@@ -3,6 +3,8 @@
 All errors are ValueErrors that name the argument, the value given and what is accepted.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -97,7 +99,7 @@ def document_bounds(cu_seqlens: Tensor | None, *, num_tokens: int, device: torch
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
         raise ValueError(f"cu_seqlens starts at {bounds[0]}; it must start at 0")
-    for left, right in zip(bounds, bounds[1:]):
+    for left, right in itertools.pairwise(bounds):
         if right <= left:
             raise ValueError(f"cu_seqlens goes from {left} to {right}; it must strictly increase (no empty documents)")
     if bounds[-1] != num_tokens:

@@ -10,13 +10,38 @@ import pytest
 from configs.schema import DataConfig, SourceConfig, SourceFormat, TokenizerConfig, TokenizerKind
 from data.tokenizer import train_tokenizer
 
-WORDS = "block gate query key value head sparse dense token layer past own softmax rope scale mean score stage row shard".split()
+WORDS = (
+    "block",
+    "gate",
+    "query",
+    "key",
+    "value",
+    "head",
+    "sparse",
+    "dense",
+    "token",
+    "layer",
+    "past",
+    "own",
+    "softmax",
+    "rope",
+    "scale",
+    "mean",
+    "score",
+    "stage",
+    "row",
+    "shard",
+)
 
 
 def make_texts(count: int, seed: int = 0) -> list[str]:
     """`count` different texts of 1 to 60 lines, with indentation, tabs and characters outside ASCII."""
     rng = random.Random(seed)
-    line = lambda: " " * rng.choice((0, 4, 8)) + " ".join(rng.choices(WORDS, k=rng.randint(1, 9))) + rng.choice(("", ".", "\t", " é", " 漢"))  # noqa: E731
+
+    def line() -> str:
+        words = " ".join(rng.choices(WORDS, k=rng.randint(1, 9)))
+        return " " * rng.choice((0, 4, 8)) + words + rng.choice(("", ".", "\t", " é", " 漢"))
+
     return [f"text {seed} {i}\n" + "\n".join(line() for _ in range(rng.randint(1, 60))) for i in range(count)]
 
 

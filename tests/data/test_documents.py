@@ -76,7 +76,8 @@ def test_hub_goes_through_datasets(monkeypatch):
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    assert "path=owner/set: cannot be streamed from the hub (ConnectionError: no route to the hub)" in refused(format=SourceFormat.HUB, path="owner/set")
+    message = refused(format=SourceFormat.HUB, path="owner/set")
+    assert "path=owner/set: cannot be streamed from the hub (ConnectionError: no route to the hub)" in message
 
 
 def test_invalid_utf8_is_counted_or_refused_with_its_place(tmp_path):

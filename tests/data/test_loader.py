@@ -1,5 +1,7 @@
 """Packing and the stream, on documents whose tokens say where they come from: token = 1000 * document + place in it."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -45,7 +47,9 @@ def rows_of(batches):
 def union(lengths, world_size, seq_len, rows_per_step, micro, steps, seed=3):
     """Rows of each step over all ranks, in global order."""
     loaders = [
-        build_loader(Memory(lengths), seq_len=seq_len, rows_per_step=rows_per_step, micro_batch_rows=micro, rank=r, world_size=world_size, seed=seed)
+        build_loader(
+            Memory(lengths), seq_len=seq_len, rows_per_step=rows_per_step, micro_batch_rows=micro, rank=r, world_size=world_size, seed=seed
+        )
         for r in range(world_size)
     ]
     found = []
@@ -86,9 +90,9 @@ def test_pieces_are_what_cu_seqlens_says(lengths, seq_len, micro):
         (batch,) = loader.next_step()
         cuts = batch.cu_seqlens.tolist()
         assert batch.cu_seqlens.dtype == torch.int32 and batch.tokens.dtype == batch.labels.dtype == batch.positions.dtype == torch.int64
-        assert cuts[0] == 0 and cuts[-1] == micro * seq_len and all(a < b for a, b in zip(cuts, cuts[1:], strict=False))
+        assert cuts[0] == 0 and cuts[-1] == micro * seq_len and all(a < b for a, b in pairwise(cuts))
         assert set(range(0, micro * seq_len + 1, seq_len)) <= set(cuts)
-        assert batch.max_length == max(b - a for a, b in zip(cuts, cuts[1:], strict=False))
+        assert batch.max_length == max(b - a for a, b in pairwise(cuts))
         assert len(batch.documents) == len(cuts) - 1
         tokens, positions = batch.tokens.flatten().tolist(), batch.positions.flatten().tolist()
         for origin, a, b in zip(batch.documents, cuts, cuts[1:], strict=False):
@@ -123,14 +127,18 @@ def test_resume_at_any_step_is_exact(lengths, seq_len, stop):
 
 
 @QUICK
-@given(lengths=lengths_of, changes=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 3), st.sampled_from([1, 2])), min_size=1, max_size=5))
+@given(
+    lengths=lengths_of, changes=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 3), st.sampled_from([1, 2])), min_size=1, max_size=5)
+)
 def test_a_change_of_length_batch_or_ranks_repeats_and_skips_nothing(lengths, changes):
     total = sum(seq_len * 2 * rows for seq_len, rows, _ in changes)
     (whole,) = build_loader(Memory(lengths), seq_len=total, rows_per_step=1, micro_batch_rows=1).next_step()
     state, tokens, labels = None, [], []
     for seq_len, rows, world_size in changes:
         loaders = [
-            build_loader(Memory(lengths), seq_len=seq_len, rows_per_step=2 * rows, micro_batch_rows=rows, rank=r, world_size=world_size, state=state)
+            build_loader(
+                Memory(lengths), seq_len=seq_len, rows_per_step=2 * rows, micro_batch_rows=rows, rank=r, world_size=world_size, state=state
+            )
             for r in range(world_size)
         ]
         parts = [loader.next_step() for loader in loaders]
@@ -157,7 +165,7 @@ def test_order_is_shuffled_by_seed_and_epoch_and_never_changes():
         return x ^ x >> 31
 
     for seed, epoch in ((0, 0), (1, 0), (2**63, 5)):
-        key = (mix(mix(seed)) + epoch) % 2**64
+        key = mix((mix(seed) + epoch) % 2**64)
         assert order(seed, epoch) == sorted(range(50), key=lambda document: mix((key + document) % 2**64))
     assert order(0, 0)[:6] == [18, 4, 31, 39, 42, 8]
 
@@ -176,7 +184,10 @@ def test_heldout_rows_are_fixed_and_each_scored_once(lengths, seq_len, rows, mic
     tokens = torch.cat([batch.tokens.flatten() for batch in one])
     assert len(tokens.unique()) == len(tokens)
     for world_size in (2, 3):
-        parts = [heldout_rows(corpus, seq_len=seq_len, rows=rows, micro_batch_rows=micro, rank=r, world_size=world_size) for r in range(world_size)]
+        parts = [
+            heldout_rows(corpus, seq_len=seq_len, rows=rows, micro_batch_rows=micro, rank=r, world_size=world_size)
+            for r in range(world_size)
+        ]
         assert len({len(part) for part in parts}) == 1
         batches = [parts[m % world_size][m // world_size] for m in range(world_size * len(parts[0]))]
         assert rows_of(batches)[:count] == rows_of(one)

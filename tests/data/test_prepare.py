@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from configs.schema import ConfigError, SourceConfig, SourceFormat, TokenizerCon
 from data.prepare import find_prepared, prepare
 from data.shards import Corpus, length_histogram
 from tests.data.conftest import make_texts
+
+ROOT = Path(__file__).parents[2]
 
 
 def contents(config):
@@ -124,15 +127,15 @@ def test_a_finished_corpus_is_reused_and_another_config_refused(jsonl_config, tm
         ([], {}, r"no documents \(left out: none\)"),
         (["", "x"], {}, r"no documents \(left out: 1 empty, 1 too_short\)"),
         (make_texts(5), {"heldout_fraction": 1.0}, "all 5 documents are held out"),
-        (make_texts(5), {"heldout_fraction": 1e-9}, "none of the 5 documents is held out"),
+        (make_texts(5), {"heldout_fraction": 1e-9}, "none of 5 documents is held out"),
         (make_texts(5), {"sources": ()}, "at least one source"),
-        (make_texts(5), {"tokenizer": TokenizerConfig(vocab_size=9000)}, "vocab_size=9000"),
-        (make_texts(5), {"tokenizer": TokenizerConfig(kind=TokenizerKind.HUGGINGFACE, path="/none.json")}, "/none.json"),
+        (make_texts(20), {"tokenizer": TokenizerConfig(vocab_size=9000)}, "vocab_size=9000"),
+        (make_texts(20), {"tokenizer": TokenizerConfig(kind=TokenizerKind.HUGGINGFACE, path="/none.json")}, "/none.json"),
         ([], {"tokenizer": TokenizerConfig(vocab_size=300)}, "no documents"),
     ],
 )
 def test_corpora_without_use_are_refused_and_leave_nothing(jsonl_config, tmp_path, texts, changes, message):
-    config = jsonl_config(texts, **changes)
+    config = jsonl_config(texts, prepared_dir=str(tmp_path / "new" / "folders" / "corpus"), **changes)
     with pytest.raises(ConfigError, match=message) as refusal:
         prepare(config)
     assert "\n" not in str(refusal.value)
@@ -174,7 +177,7 @@ def test_a_full_disk_leaves_nothing_and_keeps_what_was(jsonl_config, tmp_path, m
             super().append(*given, **named)
 
     monkeypatch.setattr(data.prepare, "SplitWriter", Full)
-    with pytest.raises(ConfigError, match="the disk is full .*No space left.*nothing was kept"):
+    with pytest.raises(ConfigError, match=r"the disk is full .*No space left.*nothing was kept"):
         prepare(other, overwrite=True)
     assert contents(config) == before
     with pytest.raises(ConfigError, match="disk is full"):
@@ -206,6 +209,32 @@ def test_what_is_not_ours_is_left_alone(jsonl_config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         prepare(replace(config, prepared_dir=str(tmp_path / "file" / "corpus")))
+
+
+def test_workers_end_with_a_parent_that_is_killed(model_file):
+    code = (
+        "import itertools, pathlib, sys, numpy\n"
+        "from data.workers import tokenise\n"
+        "if __name__ == '__main__':\n"
+        "    chunks = (([i], ['text ' * 1000]) for i in itertools.count())\n"
+        "    for i, ids in tokenise(chunks, pathlib.Path(sys.argv[1]), numpy.dtype('<u2'), 2):\n"
+        "        if i == 3: print(*[p.pid for p in __import__('multiprocessing').active_children()], flush=True)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(model_file)], stdout=subprocess.PIPE, cwd=ROOT) as parent:
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    while any(_runs(pid) for pid in workers):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_two_at_once_and_a_killed_one(jsonl_config, tmp_path):

@@ -72,7 +72,9 @@ def test_huggingface_separators_come_from_the_settings_beside(huggingface_folder
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "eos_token": {"content": "</s>"}}))
     assert load_tokenizer(tmp_path).eos_id == 1
     content["added_tokens"] = []
-    content["model"]["vocab"] = {("!a" if key == "<s>" else "!b" if key == "</s>" else key): i for key, i in content["model"]["vocab"].items()}
+    content["model"]["vocab"] = {
+        ("!a" if key == "<s>" else "!b" if key == "</s>" else key): i for key, i in content["model"]["vocab"].items()
+    }
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="neither a begin nor an end"):
         load_tokenizer(tmp_path)

@@ -16,9 +16,7 @@ def tiny_config(**changes: object) -> ModelConfig:
     return ModelConfig(**{**values, "ffn_size": 48, "max_seq_len": 256, "init_std": 0.3, **changes})
 
 
-def build(
-    config: ModelConfig, rule: str = "full", *, theta: float = 10000.0, seed: int = 0, backend: str = "auto"
-) -> Transformer:
+def build(config: ModelConfig, rule: str = "full", *, theta: float = 10000.0, seed: int = 0, backend: str = "auto") -> Transformer:
     """An initialised model with the attention of `rule`."""
     attention = AttentionConfig(rule=rule).per_layer(config.num_layers)
     model = Transformer(config, attention, RopeConfig(theta=theta), backend)

@@ -1,5 +1,6 @@
 """The public doors of full causal attention: validation, then the chosen backend."""
 
+import torch
 from torch import Tensor
 
 from model.ops.checks import check_attention, check_backend, check_decode
@@ -37,7 +38,8 @@ def full_attention(
     check_backend(backend, BACKENDS)
     bounds = check_attention(q, k, v, cu_seqlens, softmax_scale)
     run = _IMPLEMENTATIONS["sdpa" if backend == "auto" else backend]
-    return run(q, k, v, bounds=bounds, softmax_scale=softmax_scale or q.shape[-1] ** -0.5)
+    with torch.autocast(q.device.type, enabled=False):  # the inputs' dtype decides
+        return run(q, k, v, bounds=bounds, softmax_scale=softmax_scale or q.shape[-1] ** -0.5)
 
 
 def full_decode(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None) -> Tensor:
@@ -47,4 +49,5 @@ def full_decode(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None 
     Returns `[Hq, D]`. Raises ValueError as `full_attention` does. One sequence; batching is the caller's.
     """
     check_decode(q, k, v, softmax_scale)
-    return sdpa_heads(q[None], k, v, is_causal=False, softmax_scale=softmax_scale or q.shape[-1] ** -0.5)[0]
+    with torch.autocast(q.device.type, enabled=False):
+        return sdpa_heads(q[None], k, v, is_causal=False, softmax_scale=softmax_scale or q.shape[-1] ** -0.5)[0]

@@ -1,5 +1,7 @@
 """Full causal attention, literally: the specification of `full_attention`."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ def full_reference(q: Tensor, k: Tensor, v: Tensor, *, bounds: list[int], softma
     compute = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     outputs = []
-    for start, end in zip(bounds, bounds[1:]):
+    for start, end in itertools.pairwise(bounds):
         q_doc = q[start:end].to(compute)
         k_doc, v_doc = (x[start:end].to(compute).repeat_interleave(group, dim=1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q_doc, k_doc) * softmax_scale

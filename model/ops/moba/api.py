@@ -1,5 +1,7 @@
 """The public door of MoBA attention: validation, the hand-over to full attention, then the chosen backend."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -50,7 +52,7 @@ def moba_attention(
     bounds = check_attention(q, k, v, cu_seqlens, softmax_scale)
     if backend == "auto":
         backend = _AUTO.get(q.device.type, _AUTO["default"])
-    longest = max(end - start for start, end in zip(bounds, bounds[1:]))
+    longest = max(end - start for start, end in itertools.pairwise(bounds))
     if backend != "reference" and topk * block_size >= longest:
         return full_attention(q, k, v, cu_seqlens=cu_seqlens, softmax_scale=softmax_scale)
     scale = softmax_scale or q.shape[-1] ** -0.5

@@ -14,14 +14,11 @@ from model.ops.moba.tiles import build_tiles
 # every tile starts aligned, so that its results do not depend on its place among the tiles.
 _ALIGNED_DIM = 16
 
-
 # Partial results held at once, in elements; key/value heads that would exceed it go one group after another.
 _WORKSPACE_BUDGET = 1 << 28
 
 
-def moba_blocked(
-    q: Tensor, k: Tensor, v: Tensor, *, bounds: list[int], block_size: int, topk: int, softmax_scale: float
-) -> Tensor:
+def moba_blocked(q: Tensor, k: Tensor, v: Tensor, *, bounds: list[int], block_size: int, topk: int, softmax_scale: float) -> Tensor:
     """As `moba_reference`, sparse: q `[T, Hq, D]`, k and v `[T, Hkv, D]`; returns `[T, Hq, D]` in q's dtype.
 
     Accumulates in fp32 (fp64 for fp64 inputs). On the CPU bitwise deterministic, and a later token or another document
@@ -58,7 +55,5 @@ class _BlockedMoba(torch.autograd.Function):
         # Rebuilt, not saved: the sort is cheap and its tables are the size of the saved tensors together.
         tiles = build_tiles(chosen, ctx.layout, num_kv_heads=k.shape[1])
         with torch.autocast(q.device.type, enabled=False):
-            grads = moba_backward(
-                d_out, q, k, v, out, lse, layout=ctx.layout, tiles=tiles, softmax_scale=ctx.softmax_scale
-            )
+            grads = moba_backward(d_out, q, k, v, out, lse, layout=ctx.layout, tiles=tiles, softmax_scale=ctx.softmax_scale)
         return *(grad.to(q.dtype) for grad in grads), None, None, None

@@ -10,9 +10,7 @@ from model.ops.moba.routing import BlockLayout, to_blocks
 from model.ops.moba.tiles import Tiles
 
 
-def moba_forward(
-    q: Tensor, k: Tensor, v: Tensor, *, layout: BlockLayout, tiles: Tiles, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
+def moba_forward(q: Tensor, k: Tensor, v: Tensor, *, layout: BlockLayout, tiles: Tiles, softmax_scale: float) -> tuple[Tensor, Tensor]:
     """Attention over the tiles: q `[T, Hq, D]`, k and v `[T, Hkv, D]`.
 
     Returns the output `[T, Hq, D]` and the log-sum-exp of each row's scores `[T * Hq]`, in fp32 (fp64 for fp64 inputs).

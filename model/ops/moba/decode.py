@@ -62,15 +62,13 @@ def moba_decode(
             f"(update_block_means of the {num_tokens} keys)"
         )
     scale = softmax_scale or head_dim**-0.5
-    own_start = own_block * block_size
-    if topk - 1 >= own_block:  # every past block is chosen
-        return sdpa_heads(q[None], k, v, is_causal=False, softmax_scale=scale)[0]
-
-    chosen = choose_past(q, means[:own_block], topk - 1)  # [Hq, topk-1]
-    past = chosen[..., None] * block_size + torch.arange(block_size, device=q.device)
-    own = torch.arange(own_start, num_tokens, device=q.device).expand(len(q), -1)
-    seen = torch.cat([past.flatten(1), own], dim=1)  # tokens seen by each query head [Hq, L]
-    kv_head = (torch.arange(len(q), device=q.device) // (len(q) // num_kv))[:, None]
-    return sdpa_heads(
-        q[None], *(x[seen, kv_head].transpose(0, 1) for x in (k, v)), is_causal=False, softmax_scale=scale
-    )[0]
+    with torch.autocast(q.device.type, enabled=False):  # the inputs' dtype decides, and the gate needs fp32
+        if topk > own_block:  # every past block is chosen
+            return sdpa_heads(q[None], k, v, is_causal=False, softmax_scale=scale)[0]
+        chosen = choose_past(q, means[:own_block], topk - 1)  # [Hq, topk-1]
+        past = chosen[..., None] * block_size + torch.arange(block_size, device=q.device)
+        own = torch.arange(own_block * block_size, num_tokens, device=q.device).expand(len(q), -1)
+        seen = torch.cat([past.flatten(1), own], dim=1)  # tokens seen by each query head [Hq, L]
+        kv_head = (torch.arange(len(q), device=q.device) // (len(q) // num_kv))[:, None]
+        k_seen, v_seen = (x[seen, kv_head].transpose(0, 1) for x in (k, v))
+        return sdpa_heads(q[None], k_seen, v_seen, is_causal=False, softmax_scale=scale)[0]

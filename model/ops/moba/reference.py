@@ -3,13 +3,13 @@
 Source: Lu et al., MoBA: Mixture of Block Attention for Long-Context LLMs, arXiv 2502.13189, section 2.2, eq. 2-6.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
 
-def moba_reference(
-    q: Tensor, k: Tensor, v: Tensor, *, bounds: list[int], block_size: int, topk: int, softmax_scale: float
-) -> Tensor:
+def moba_reference(q: Tensor, k: Tensor, v: Tensor, *, bounds: list[int], block_size: int, topk: int, softmax_scale: float) -> Tensor:
     """MoBA attention in O(T²) time and memory, in fp32 (fp64 for fp64 inputs), differentiable by autograd.
 
     q `[T, Hq, D]`, k and v `[T, Hkv, D]`, `bounds` the document boundaries `[0, ..., T]`; returns `[T, Hq, D]` in
@@ -18,7 +18,7 @@ def moba_reference(
     compute = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     outputs = []
-    for start, end in zip(bounds, bounds[1:]):
+    for start, end in itertools.pairwise(bounds):
         q_doc = q[start:end].to(compute)
         k_doc, v_doc = (x[start:end].to(compute).repeat_interleave(group, dim=1) for x in (k, v))
         seen = seen_blocks(q_doc.detach(), k_doc.detach(), block_size, topk)  # [L, H, n_blocks]

@@ -96,8 +96,8 @@ def choose_blocks(q: Tensor, means: Tensor, layout: BlockLayout, *, num_past: in
         end, first, last = _next_chunk(begin, layout, budget)
         if last > first:  # otherwise no query of the chunk has a past block
             own = layout.token_block[begin:end]
-            past = [(block - first).to(q.device) for block in (layout.doc_first[own], own)]
-            in_range = _rank(q[begin:end], means[first:last], *past, num_past)
+            doc_first, own = ((block - first).to(q.device) for block in (layout.doc_first[own], own))
+            in_range = _rank(q[begin:end], means[first:last], doc_first, own, num_past)
             chosen[begin:end] = torch.where(in_range >= 0, in_range + first, in_range)
         begin = end
     return chosen

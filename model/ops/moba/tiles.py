@@ -79,7 +79,7 @@ def build_tiles(chosen: Tensor, layout: BlockLayout, *, num_kv_heads: int) -> Ti
 
 def _entry_lists(chosen: Tensor, layout: BlockLayout, num_kv_heads: int) -> Tensor:
     """The list that each (row, slot) belongs to, flattened `[T * Hq * S]`; slot 0 is the own block."""
-    num_tokens, num_heads, _ = chosen.shape
+    _num_tokens, num_heads, _ = chosen.shape
     num_blocks = layout.num_blocks
     num_lists = num_kv_heads * num_blocks
     own = layout.token_block.to(chosen.device)[:, None, None].expand(-1, num_heads, 1)

@@ -2,15 +2,14 @@
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def make_inputs(num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, *, seed: int, dtype=torch.float64) -> list[Tensor]:
     """q, k, v `[T, H, D]`, contiguous leaves, and the gradient `[T, Hq, D]` that a loss sends back."""
     generator = torch.Generator().manual_seed(seed)
     heads = (num_heads, num_kv_heads, num_kv_heads, num_heads)
-    q, k, v, d_out = (
-        torch.randn(num_tokens, h, head_dim, generator=generator, dtype=torch.float64).to(dtype) for h in heads
-    )
+    q, k, v, d_out = (torch.randn(num_tokens, h, head_dim, generator=generator, dtype=torch.float64).to(dtype) for h in heads)
     return [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), d_out]
 
 
@@ -50,3 +49,24 @@ def assert_largest_error_within_twice(fast: dict[str, Tensor], plain: dict[str, 
     for name, truth in exact.items():
         fast_error, plain_error = ((x[name].double() - truth).abs().max() for x in (fast, plain))
         assert fast_error <= 2 * plain_error + 8 * torch.finfo(torch.float32).eps * truth.abs().max(), name
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest storage, in bytes, that any operator returns."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.num_bytes = max(self.num_bytes, x.untyped_storage().nbytes())
+        return out
+
+
+def largest_tensor(attention, num_tokens: int, dtype=torch.float32) -> int:
+    """Bytes of the largest tensor that forward and backward make at the given number of tokens."""
+    inputs = make_inputs(num_tokens, 2, 1, 16, seed=16, dtype=dtype)
+    with LargestTensor() as largest:
+        forward_backward(attention, inputs)
+    return largest.num_bytes

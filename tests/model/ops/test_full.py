@@ -1,5 +1,6 @@
 """Full causal attention: the sdpa backend against its reference, its guarantees, and its cached form."""
 
+import itertools
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from tests.model.ops.helpers import (
     assert_error_within_twice,
     cu_seqlens,
     forward_backward,
+    largest_tensor,
     make_inputs,
     with_dtype,
 )
@@ -45,10 +47,8 @@ def test_error_is_at_most_twice_that_of_plain_torch(dtype):
 
     def plain(q, k, v):
         outputs = []
-        for start, end in zip(BOUNDS, BOUNDS[1:]):
-            q_doc, k_doc, v_doc = (
-                x[start:end].repeat_interleave(4 // x.shape[1], dim=1).transpose(0, 1) for x in (q, k, v)
-            )
+        for start, end in itertools.pairwise(BOUNDS):
+            q_doc, k_doc, v_doc = (x[start:end].repeat_interleave(4 // x.shape[1], dim=1).transpose(0, 1) for x in (q, k, v))
             future = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
             scores = (q_doc @ k_doc.transpose(1, 2)) * 64**-0.5
             outputs.append((scores.masked_fill(future, float("-inf")).softmax(-1) @ v_doc).transpose(0, 1))
@@ -80,3 +80,17 @@ def test_decode_is_the_last_row(num_heads, num_kv, softmax_scale):
     for t in range(70):
         out = full_decode(q[t], k[: t + 1], v[: t + 1], softmax_scale=softmax_scale)
         torch.testing.assert_close(out, uncached[t], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_memory_is_linear_in_the_tokens(dtype):
+    """With grouped queries too, PyTorch must take a fused kernel, never its quadratic fallback."""
+    assert largest_tensor(full_attention, 1024, dtype) <= 2.1 * largest_tensor(full_attention, 512, dtype)
+
+
+def test_autocast_changes_nothing():
+    q, k, v, _ = make_inputs(60, 2, 1, 32, seed=46, dtype=torch.float32)
+    expected, last = full_attention(q, k, v), full_decode(q[-1], k, v)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(full_attention(q, k, v), expected)
+        assert torch.equal(full_decode(q[-1], k, v), last)

@@ -1,5 +1,6 @@
 """The torch backend against the specification: outputs and every gradient, in fp64, fp32 and bf16."""
 
+import itertools
 from functools import partial
 
 import pytest
@@ -40,7 +41,7 @@ CASES = {
 
 def both(bounds, block_size, topk, head_dim):
     """The sparse path itself, before any hand-over, and the specification."""
-    settings = dict(bounds=bounds, block_size=block_size, topk=topk, softmax_scale=head_dim**-0.5)
+    settings = {"bounds": bounds, "block_size": block_size, "topk": topk, "softmax_scale": head_dim**-0.5}
     return partial(moba_blocked, **settings), partial(moba_reference, **settings)
 
 
@@ -73,7 +74,7 @@ def visible_tokens(q, k, bounds, block_size, topk):
     """bool `[Hq, T, T]` from select_blocks."""
     chosen = select_blocks(q, k, block_size=block_size, topk=topk, cu_seqlens=cu_seqlens(bounds))
     visible = torch.zeros(q.shape[1], len(q), len(q), dtype=torch.bool)
-    for start, end in zip(bounds, bounds[1:]):
+    for start, end in itertools.pairwise(bounds):
         position = torch.arange(end - start)
         block = position // block_size
         is_chosen = (chosen[start:end, :, :, None] == block).any(2)  # [L, Hq, L]

@@ -1,5 +1,7 @@
 """The choice of blocks, apart from any output."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from model.ops.moba.reference import seen_blocks
 from tests.model.ops.helpers import cu_seqlens, make_inputs
 
 
+@torch.no_grad()
 def chosen_by_definition(q, k, block_size, topk):
     """One query, head and block at a time, in fp64: `[T, Hq, topk-1]` for one document."""
     chosen = torch.full((len(q), q.shape[1], topk - 1), -1)
@@ -15,8 +18,7 @@ def chosen_by_definition(q, k, block_size, topk):
         for head in range(q.shape[1]):
             keys = k[:, head // (q.shape[1] // k.shape[1])].double()
             scores = [
-                (-float(q[t, head].double() @ keys[i * block_size : (i + 1) * block_size].mean(0)), i)
-                for i in range(t // block_size)
+                (-float(q[t, head].double() @ keys[i * block_size : (i + 1) * block_size].mean(0)), i) for i in range(t // block_size)
             ]
             best = [i for _, i in sorted(scores)[: topk - 1]]
             chosen[t, head, : len(best)] = torch.tensor(best, dtype=torch.int64)
@@ -29,7 +31,7 @@ def test_definition(block_size, topk):
     q, k, _, _ = make_inputs(bounds[-1], 4, 2, 8, seed=21)
     chosen = select_blocks(q, k, block_size=block_size, topk=topk, cu_seqlens=cu_seqlens(bounds))
     assert not chosen.requires_grad and chosen.dtype == torch.int64
-    expected = [chosen_by_definition(q[a:b], k[a:b], block_size, topk) for a, b in zip(bounds, bounds[1:])]
+    expected = [chosen_by_definition(q[a:b], k[a:b], block_size, topk) for a, b in itertools.pairwise(bounds)]
     assert torch.equal(chosen, torch.cat(expected))
 
 
@@ -37,7 +39,7 @@ def test_definition(block_size, topk):
 def test_chunks_of_any_size_choose_alike(monkeypatch, budget):
     bounds = [0, 3, 4, 5, 120, 121, 300]
     q, k, _, _ = make_inputs(bounds[-1], 4, 2, 8, seed=22)
-    settings = dict(block_size=8, topk=4, cu_seqlens=cu_seqlens(bounds))
+    settings = {"block_size": 8, "topk": 4, "cu_seqlens": cu_seqlens(bounds)}
     expected = select_blocks(q, k, **settings)
     monkeypatch.setitem(routing._SCORE_BUDGET, "cpu", budget)
     assert torch.equal(select_blocks(q, k, **settings), expected)
@@ -66,7 +68,7 @@ def test_a_tie_below_a_winner():
 def test_low_precision_flips_near_ties_only(dtype):
     """Where the choice differs from fp64 on the same numbers, the scores differ by at most the stated bound."""
     q, k, _, _ = make_inputs(600, 4, 2, 32, seed=24, dtype=dtype)
-    settings = dict(block_size=8, topk=4)
+    settings = {"block_size": 8, "topk": 4}
     low, exact = select_blocks(q, k, **settings), select_blocks(q.double(), k.double(), **settings)
     means = k.double().view(75, 8, 2, 32).mean(1).repeat_interleave(2, dim=1)
     scores = torch.einsum("qhd,nhd->qhn", q.double(), means)

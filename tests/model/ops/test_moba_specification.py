@@ -1,15 +1,15 @@
 """What follows from the definition of MoBA: topk 1, topk over everything, no influence from what is not seen, memory."""
 
+import itertools
 from functools import partial
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.ops.full import full_attention
 from model.ops.moba import moba_attention, routing, tiles
 from model.ops.moba.blocked import moba_blocked
-from tests.model.ops.helpers import assert_all_close, cu_seqlens, forward_backward, make_inputs
+from tests.model.ops.helpers import assert_all_close, cu_seqlens, forward_backward, largest_tensor, make_inputs
 
 BOUNDS = [0, 1, 50, 210, 217, 400]
 
@@ -22,7 +22,7 @@ def sparse(q, k, v, *, bounds, block_size, topk):
 def test_topk_1_is_attention_inside_the_own_block(backend):
     inputs = make_inputs(BOUNDS[-1], 4, 2, 32, seed=11)
     # Every block as a document of its own, through full attention.
-    blocks = sorted({*BOUNDS, *(t for start, end in zip(BOUNDS, BOUNDS[1:]) for t in range(start, end, 16))})
+    blocks = sorted({*BOUNDS, *(t for start, end in itertools.pairwise(BOUNDS) for t in range(start, end, 16))})
     expected = forward_backward(partial(full_attention, cu_seqlens=cu_seqlens(blocks), backend="reference"), inputs)
     moba = partial(moba_attention, block_size=16, topk=1, cu_seqlens=cu_seqlens(BOUNDS), backend=backend)
     assert_all_close(forward_backward(moba, inputs), expected, atol=1e-12)
@@ -30,7 +30,7 @@ def test_topk_1_is_attention_inside_the_own_block(backend):
 
 @pytest.mark.parametrize("block_size, topk", [(16, 12), (61, 3), (183, 1), (200, 1), (1, 183)])
 def test_topk_over_the_longest_document_is_full_attention(block_size, topk):
-    assert block_size * topk >= max(end - start for start, end in zip(BOUNDS, BOUNDS[1:]))
+    assert block_size * topk >= max(end - start for start, end in itertools.pairwise(BOUNDS))
     inputs = make_inputs(BOUNDS[-1], 4, 2, 32, seed=12)
     expected = forward_backward(partial(full_attention, cu_seqlens=cu_seqlens(BOUNDS), backend="reference"), inputs)
     without_hand_over = partial(sparse, bounds=BOUNDS, block_size=block_size, topk=topk)
@@ -58,9 +58,9 @@ def random_case(trial: int):
     bounds = pick([[0, 400], BOUNDS, [0, 150, 391]])
     num_kv, group, dtype = pick([1, 2]), pick([1, 4]), pick([torch.float32, torch.float64, torch.bfloat16])
     inputs = make_inputs(bounds[-1], num_kv * group, num_kv, pick([32, 33, 64]), seed=trial, dtype=dtype)
-    settings = dict(bounds=bounds, block_size=pick([3, 16, 31, 64]), topk=pick([1, 2, 3, 9]))
+    settings = {"bounds": bounds, "block_size": pick([3, 16, 31, 64]), "topk": pick([1, 2, 3, 9])}
     token = torch.arange(bounds[-1])
-    document = pick(list(zip(bounds, bounds[1:])))
+    document = pick(list(itertools.pairwise(bounds)))
     if pick(["future", "document"]) == "future" or len(bounds) == 2:
         kept = token < int(torch.randint(1, bounds[-1], (1,), generator=generator))
     else:
@@ -89,7 +89,7 @@ def test_unseen_tokens_change_no_bit(trial):
 
 def test_non_finite_values_stay_in_their_document():
     q, k, v, _ = make_inputs(BOUNDS[-1], 4, 2, 32, seed=14)
-    settings = dict(bounds=BOUNDS, block_size=16, topk=2)
+    settings = {"bounds": BOUNDS, "block_size": 16, "topk": 2}
     poisoned = [x.detach().clone() for x in (q, k, v)]
     for x in poisoned:
         x[50:210] = float("nan")
@@ -106,26 +106,6 @@ def test_runs_repeat_to_the_bit():
     first, second = (forward_backward(partial(sparse, bounds=[0, 400], block_size=16, topk=4), inputs) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the largest storage, in bytes, that any operator returns."""
-
-    num_bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor):
-                self.num_bytes = max(self.num_bytes, x.untyped_storage().nbytes())
-        return out
-
-
-def largest_tensor(attention, num_tokens: int) -> int:
-    inputs = make_inputs(num_tokens, 2, 1, 16, seed=16, dtype=torch.float32)
-    with LargestTensor() as largest:
-        forward_backward(attention, inputs)
-    return largest.num_bytes
 
 
 def test_memory_is_linear_in_the_tokens(monkeypatch):

@@ -16,28 +16,28 @@ def cu(*bounds, dtype=torch.int32):
 
 
 PACKED_ERRORS = {
-    "not a tensor": (dict(q=[1.0]), r"q must be a tensor \[tokens, heads, head_dim\], got list \[1.0\]"),
-    "wrong rank": (dict(k=torch.zeros(12, 8)), r"k must be a tensor .* got a tensor of shape \(12, 8\)"),
-    "integer dtype": (dict(v=torch.zeros(12, 2, 8, dtype=torch.int64)), r"v has dtype torch.int64; accepted: torch.float16, "),
-    "dtypes differ": (dict(v=torch.zeros(12, 2, 8).double()), "v has dtype torch.float64 but q has torch.float32"),
-    "devices differ": (dict(k=torch.zeros(12, 2, 8, device="meta")), "k is on meta but q is on cpu"),
+    "not a tensor": ({"q": [1.0]}, r"q must be a tensor \[tokens, heads, head_dim\], got list \[1.0\]"),
+    "wrong rank": ({"k": torch.zeros(12, 8)}, r"k must be a tensor .* got a tensor of shape \(12, 8\)"),
+    "integer dtype": ({"v": torch.zeros(12, 2, 8, dtype=torch.int64)}, r"v has dtype torch.int64; accepted: torch.float16, "),
+    "dtypes differ": ({"v": torch.zeros(12, 2, 8).double()}, "v has dtype torch.float64 but q has torch.float32"),
+    "devices differ": ({"k": torch.zeros(12, 2, 8, device="meta")}, "k is on meta but q is on cpu"),
     "no tokens": ({name: torch.zeros(0, 2, 8) for name in "qkv"}, r"q has shape \(0, 2, 8\); every dimension must be at least 1"),
-    "k and v differ": (dict(v=torch.zeros(12, 1, 8)), r"k has shape \(12, 2, 8\) and v \(12, 1, 8\)"),
-    "lengths differ": (dict(q=torch.zeros(11, 4, 8)), "q has T=11 tokens and k T=12"),
-    "head dimensions differ": (dict(q=torch.zeros(12, 4, 9)), "q has head dimension 9 and k 8"),
-    "heads do not divide": (dict(q=torch.zeros(12, 3, 8)), "q has 3 heads, which k's 2 heads do not divide"),
-    "fewer query heads": (dict(q=torch.zeros(12, 1, 8)), "q has 1 heads, which k's 2 heads do not divide"),
-    "zero scale": (dict(softmax_scale=0.0), "softmax_scale=0.0; accepted: None"),
-    "scale not a number": (dict(softmax_scale=float("nan")), "softmax_scale=nan"),
-    "cu_seqlens a list": (dict(cu_seqlens=[0, 12]), r"cu_seqlens must be a tensor \[n_docs\+1\] .* got list \[0, 12\]"),
-    "cu_seqlens too short": (dict(cu_seqlens=cu(0)), r"cu_seqlens must be a tensor .* got a tensor of shape \(1,\)"),
-    "cu_seqlens int64": (dict(cu_seqlens=cu(0, 12, dtype=torch.int64)), "cu_seqlens has dtype torch.int64; accepted: torch.int32"),
-    "cu_seqlens elsewhere": (dict(cu_seqlens=cu(0, 12).to("meta")), "cu_seqlens is on meta; accepted: cpu"),
-    "cu_seqlens start": (dict(cu_seqlens=cu(1, 12)), "cu_seqlens starts at 1; it must start at 0"),
-    "empty document": (dict(cu_seqlens=cu(0, 5, 5, 12)), "cu_seqlens goes from 5 to 5; it must strictly increase"),
-    "decreasing": (dict(cu_seqlens=cu(0, 8, 5, 12)), "cu_seqlens goes from 8 to 5"),
-    "cu_seqlens end": (dict(cu_seqlens=cu(0, 11)), "cu_seqlens ends at 11; it must end at the number of tokens, 12"),
-    "unknown backend": (dict(backend="magic"), "backend='magic'; accepted: auto, reference, "),
+    "k and v differ": ({"v": torch.zeros(12, 1, 8)}, r"k has shape \(12, 2, 8\) and v \(12, 1, 8\)"),
+    "lengths differ": ({"q": torch.zeros(11, 4, 8)}, "q has T=11 tokens and k T=12"),
+    "head dimensions differ": ({"q": torch.zeros(12, 4, 9)}, "q has head dimension 9 and k 8"),
+    "heads do not divide": ({"q": torch.zeros(12, 3, 8)}, "q has 3 heads, which k's 2 heads do not divide"),
+    "fewer query heads": ({"q": torch.zeros(12, 1, 8)}, "q has 1 heads, which k's 2 heads do not divide"),
+    "zero scale": ({"softmax_scale": 0.0}, "softmax_scale=0.0; accepted: None"),
+    "scale not a number": ({"softmax_scale": float("nan")}, "softmax_scale=nan"),
+    "cu_seqlens a list": ({"cu_seqlens": [0, 12]}, r"cu_seqlens must be a tensor \[n_docs\+1\] .* got list \[0, 12\]"),
+    "cu_seqlens too short": ({"cu_seqlens": cu(0)}, r"cu_seqlens must be a tensor .* got a tensor of shape \(1,\)"),
+    "cu_seqlens int64": ({"cu_seqlens": cu(0, 12, dtype=torch.int64)}, "cu_seqlens has dtype torch.int64; accepted: torch.int32"),
+    "cu_seqlens elsewhere": ({"cu_seqlens": cu(0, 12).to("meta")}, "cu_seqlens is on meta; accepted: cpu"),
+    "cu_seqlens start": ({"cu_seqlens": cu(1, 12)}, "cu_seqlens starts at 1; it must start at 0"),
+    "empty document": ({"cu_seqlens": cu(0, 5, 5, 12)}, "cu_seqlens goes from 5 to 5; it must strictly increase"),
+    "decreasing": ({"cu_seqlens": cu(0, 8, 5, 12)}, "cu_seqlens goes from 8 to 5"),
+    "cu_seqlens end": ({"cu_seqlens": cu(0, 11)}, "cu_seqlens ends at 11; it must end at the number of tokens, 12"),
+    "unknown backend": ({"backend": "magic"}, "backend='magic'; accepted: auto, reference, "),
 }
 
 
@@ -52,18 +52,18 @@ def test_packed_inputs(error):
 
 
 MOBA_ERRORS = {
-    "block_size zero": (dict(block_size=0), "block_size=0; accepted: an integer of at least 1"),
-    "block_size negative": (dict(block_size=-3), "block_size=-3"),
-    "block_size float": (dict(block_size=4.0), "block_size=4.0"),
-    "topk zero": (dict(topk=0), "topk=0; accepted: an integer of at least 1"),
-    "topk bool": (dict(topk=True), "topk=True"),
+    "block_size zero": ({"block_size": 0}, "block_size=0; accepted: an integer of at least 1"),
+    "block_size negative": ({"block_size": -3}, "block_size=-3"),
+    "block_size float": ({"block_size": 4.0}, "block_size=4.0"),
+    "topk zero": ({"topk": 0}, "topk=0; accepted: an integer of at least 1"),
+    "topk bool": ({"topk": True}, "topk=True"),
 }
 
 
 @pytest.mark.parametrize("error", MOBA_ERRORS)
 def test_block_size_and_topk(error):
     change, message = MOBA_ERRORS[error]
-    inputs, settings = good_inputs(), {**dict(block_size=4, topk=2), **change}
+    inputs, settings = good_inputs(), {"block_size": 4, "topk": 2, **change}
     with pytest.raises(ValueError, match=message):
         moba_attention(**inputs, **settings)
     with pytest.raises(ValueError, match=message):
@@ -79,13 +79,13 @@ def test_select_blocks_checks_its_inputs():
 
 
 DECODE_ERRORS = {
-    "several tokens": (dict(q=torch.zeros(2, 4, 8)), r"q must be a tensor \[Hq, D\] holding one token, got .*\(2, 4, 8\)"),
-    "rank of k": (dict(k=torch.zeros(2, 8)), r"k must be a tensor .* got a tensor of shape \(2, 8\)"),
-    "empty cache": (dict(k=torch.zeros(0, 2, 8), v=torch.zeros(0, 2, 8)), r"k has shape \(0, 2, 8\)"),
-    "k and v differ": (dict(v=torch.zeros(11, 2, 8)), r"k has shape \(12, 2, 8\) and v \(11, 2, 8\)"),
-    "dtypes differ": (dict(q=torch.zeros(4, 8).double()), "k has dtype torch.float32 but q has torch.float64"),
-    "heads do not divide": (dict(q=torch.zeros(3, 8)), "q has 3 heads, which k's 2 heads do not divide"),
-    "scale": (dict(softmax_scale=-1.0), "softmax_scale=-1.0"),
+    "several tokens": ({"q": torch.zeros(2, 4, 8)}, r"q must be a tensor \[Hq, D\] holding one token, got .*\(2, 4, 8\)"),
+    "rank of k": ({"k": torch.zeros(2, 8)}, r"k must be a tensor .* got a tensor of shape \(2, 8\)"),
+    "empty cache": ({"k": torch.zeros(0, 2, 8), "v": torch.zeros(0, 2, 8)}, r"k has shape \(0, 2, 8\)"),
+    "k and v differ": ({"v": torch.zeros(11, 2, 8)}, r"k has shape \(12, 2, 8\) and v \(11, 2, 8\)"),
+    "dtypes differ": ({"q": torch.zeros(4, 8).double()}, "k has dtype torch.float32 but q has torch.float64"),
+    "heads do not divide": ({"q": torch.zeros(3, 8)}, "q has 3 heads, which k's 2 heads do not divide"),
+    "scale": ({"softmax_scale": -1.0}, "softmax_scale=-1.0"),
 }
 
 

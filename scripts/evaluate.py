@@ -1,0 +1,154 @@
+"""Perplexity of held-out long documents: `python -m scripts.evaluate checkpoint=RUN_OR_CHECKPOINT data=NAME`.
+
+    contexts=[512,2048]                          context lengths, in tokens
+    attentions='["full","moba(64, 4)"]'          attention rules to try on the same weights
+
+Writes evaluation.json, evaluation.md and position.png into output_dir (default: `evaluation` in the run folder).
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from configs.registry import command, to_mapping
+from configs.schema import ConfigError, EvaluateConfig, Precision
+from model.transformer import Transformer
+from scripts.figures import plot_positions
+from train.checkpoint import read_state, resolve
+from train.distributed import choose_device
+from train.engine import load_weights
+from train.evaluate import (
+    AttentionSettings,
+    Document,
+    attention_label,
+    attention_settings,
+    check_contexts,
+    choose_documents,
+    open_corpus,
+    score,
+)
+from train.report import describe_documents, describe_result, main_table, markdown, result_label
+from train.run_dir import _describe_launch, write_atomically
+from train.stages import place_of
+
+FILES = ("position.png", "evaluation.md", "evaluation.json")
+
+@command(EvaluateConfig, config_name="evaluate")
+def main(config: EvaluateConfig) -> None:
+    """Evaluates, and prints the main table and where the files are."""
+    report = evaluate(config)
+    print(main_table(report["results"]))
+    print("\n".join(str(Path(report["output_dir"]) / name) for name in FILES))
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """What evaluation.json holds, after it, the Markdown and the figure are written. Raises ConfigError before the long work."""
+    device = choose_device(config.device)
+    checkpoint = _find(config)
+    state = read_state(checkpoint)
+    run = state.run()
+    stage = place_of(run, max(state.step - 1, 0)).stage  # of the last finished step
+    settings = attention_settings(config, run, stage)
+    check_contexts(config, run)
+    corpus = open_corpus(config, state)
+    documents = choose_documents(corpus, config)
+    folder = _make_folder(config, checkpoint)
+
+    model = Transformer(run.model, next(iter(settings.values())), stage.rope, config.backend.value)
+    model.load_state_dict(load_weights(checkpoint, zero_stage=run.parallel.zero_stage))
+    model.to(device, torch.bfloat16 if config.precision is Precision.BF16 else torch.float32).eval()
+    report = {
+        "run": run.name,
+        "checkpoint": str(checkpoint),
+        "step": state.step,
+        "trained_context": stage.seq_len,
+        "trained_attention": attention_label(stage.attention.rule, stage.attention.per_layer(run.model.num_layers)),
+        "corpus": config.data.prepared_dir,
+        "tokenizer_hash": corpus.tokenizer_hash,
+        "documents": describe_documents(documents, corpus.split("heldout").num_documents),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "results": _score_all(config, model, settings, documents, device),
+        "output_dir": str(folder),
+        "config": to_mapping(config),
+        "launch": _describe_launch(world_size=1),
+        "training": {"git": state.git, "config": state.config},
+    }
+    _write(folder, report)
+    return report
+
+
+def _find(config: EvaluateConfig) -> Path:
+    try:
+        return resolve(config.checkpoint)
+    except ConfigError as error:
+        raise ConfigError(f"checkpoint={error}") from None
+
+
+def _make_folder(config: EvaluateConfig, checkpoint: Path) -> Path:
+    if not config.output_dir and checkpoint.parent.name != "checkpoints":
+        raise ConfigError(f"output_dir='': must be given, {checkpoint} lies in no run folder")
+    folder = Path(config.output_dir) if config.output_dir else checkpoint.parent.parent / "evaluation"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ConfigError(f"output_dir={folder}: is a file; choose a folder") from None
+    except OSError as error:
+        raise ConfigError(f"output_dir={folder}: cannot be made ({error.strerror})") from None
+    return folder
+
+
+def _score_all(
+    config: EvaluateConfig, model: Transformer, settings: AttentionSettings, documents: list[Document], device: torch.device
+) -> list[dict[str, Any]]:
+    results = []
+    contexts = tuple(dict.fromkeys(config.contexts))
+    total = len(settings) * len(contexts) * sum(len(document.tokens) - 1 for document in documents)
+    with _progress(total) as advance:
+        for label, layers in settings.items():
+            model.set_attention(layers)
+            for context in contexts:
+                started = time.perf_counter()
+                try:
+                    scores = score(model, documents, context=context, device=device, advance=partial(advance, f"{label} at {context:,}"))
+                except torch.cuda.OutOfMemoryError:
+                    raise ConfigError(f"contexts={context}: is too long for this GPU's memory under {label}") from None
+                if not math.isfinite(scores.nats):
+                    raise ConfigError(f"checkpoint={config.checkpoint}: its losses are not finite under {label} at context {context}")
+                results.append(describe_result(label, [str(layer) for layer in layers], context, scores, time.perf_counter() - started))
+    return results
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
+    """A bar of scored tokens on a terminal's stderr, nothing elsewhere."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda text, tokens: bar.update(task, advance=tokens, description=text)
+
+
+def _write(folder: Path, report: dict[str, Any]) -> None:
+    """Each file whole or not at all; evaluation.json comes last, so where it is the others are."""
+    figure, text, values = (folder / name for name in FILES)
+    try:
+        plot_positions(figure, {result_label(result): result["by_position"] for result in report["results"]})
+        write_atomically(text, markdown(report))
+        write_atomically(values, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        for name in FILES:
+            (folder / f".{name}.partial").unlink(missing_ok=True)
+        raise ConfigError(f"output_dir={folder}: the report could not be written ({error.strerror})") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Several trainings in one launch, because importing torch and deepspeed costs more than a tiny run: driver JOBS.json.
+
+A job is {"overrides": [...], "kill_in_step": n or null}; a killed job ends every rank's process by SIGKILL on rank 0, after the
+backward pass of that step and before its optimizer step.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from configs.checks import check_run
+from configs.registry import compose
+from configs.schema import Device, RunConfig
+from train.distributed import find_ranks
+from train.engine import Engine, processes
+from train.loop import train
+
+
+def _kill_in_step(number: int, is_main: bool) -> None:
+    plain = Engine.step
+    seen = 0
+
+    def step(self, lr):
+        nonlocal seen
+        seen += 1
+        if seen == number and is_main:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self, lr)
+
+    Engine.step = step
+
+
+def main() -> None:
+    ranks = find_ranks(Device.CPU)
+    with processes(ranks):
+        for job in json.loads(Path(sys.argv[1]).read_text()):
+            if job["kill_in_step"]:
+                _kill_in_step(job["kill_in_step"], ranks.is_main)
+            run = compose(RunConfig, config_name="train", overrides=job["overrides"])
+            check_run(run, world_size=ranks.world_size)
+            train(run, ranks)
+
+
+if __name__ == "__main__":
+    main()

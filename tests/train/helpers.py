@@ -1,0 +1,84 @@
+"""Tiny runs on real text, in this process or through the deepspeed CLI."""
+
+import json
+import os
+import subprocess
+import sys
+import socket
+from pathlib import Path
+from typing import Any
+
+from configs.registry import REPOSITORY, compose
+from configs.schema import DataConfig, RunConfig, SourceConfig, SourceFormat, TokenizerConfig
+
+STEPS, KILLED_IN = 8, 6  # checkpoints at 4 and 8; the kill comes in the 6th step
+
+
+def corpus_config(folder: Path) -> DataConfig:
+    """A hundred real documents under a 512-token BPE; prepared in about two seconds."""
+    return DataConfig(
+        prepared_dir=str(folder),
+        sources=(
+            SourceConfig(name="sotu", format=SourceFormat.SOTU, max_documents=30),
+            SourceConfig(name="python", format=SourceFormat.PYTHON_STDLIB, max_documents=70),
+        ),
+        tokenizer=TokenizerConfig(vocab_size=512, train_bytes=200_000),
+        heldout_fraction=0.1,
+        num_workers=1,
+    )
+
+
+def overrides(corpus: Path, run_dir: Path, *more: str) -> list[str]:
+    """A run of STEPS steps of 4 rows of 128 tokens with MoBA(32, 2), evaluated and saved every 4 steps."""
+    return [
+        "model=tiny",
+        f"data.prepared_dir={corpus}",
+        f"run_dir={run_dir}",
+        "device=cpu",
+        "attention.block_size=32",
+        "attention.topk=2",
+        f"stages.0.tokens={STEPS * 512}",
+        "stages.0.seq_len=128",
+        "stages.0.batch_tokens=512",
+        "checkpoint.every_steps=4",
+        "evaluation.every_steps=4",
+        "evaluation.rows=2",
+        "logging.progress=false",
+        *more,
+    ]
+
+
+def make_run(corpus: Path, run_dir: Path, *more: str) -> RunConfig:
+    """The run that `overrides` describes."""
+    return compose(RunConfig, config_name="train", overrides=overrides(corpus, run_dir, *more))
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    """All of metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(run_dir: Path) -> list[tuple[int, float, float]]:
+    """(step, loss, gradient norm) of every step, exact."""
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines(run_dir) if "event" not in line]
+
+
+def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    """The events of one name."""
+    return [line for line in lines(run_dir) if line.get("event") == name]
+
+
+def launch(arguments: list[str], *, num_ranks: int, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """`module arguments...` under the deepspeed CLI on gloo ranks, one thread each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--module", "--no_local_rank", "--num_gpus", str(num_ranks)]
+    return execute([*launcher, "--master_port", str(port), *arguments], timeout=timeout)
+
+
+def execute(command: list[str], *, timeout: float = 240, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    """A command from the repository root with this interpreter's environment, without a GPU."""
+    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    environment = inherited | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False)

@@ -1,0 +1,288 @@
+"""Runs inside one process: learning, switches, signals, skipped steps, run folders, checkpoints and their damage."""
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.schema import ConfigError, DataConfig, SourceConfig, SourceFormat, TokenizerConfig
+from data.prepare import prepare
+from data.shards import Corpus
+from tests.train.helpers import STEPS, events, lines, make_run, steps
+from train import checkpoint, run_dir
+from train.engine import Engine, load_weights
+from train.loop import train
+
+CHECKPOINTS = [f"step_{step:08d}" for step in (4, STEPS)]
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, ranks, tmp_path_factory) -> Path:
+    """The folder of a finished run of the standard overrides."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(make_run(corpus, folder), ranks)
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """A copy of that folder, to damage."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+# --- learning -----------------------------------------------------------------------------------------------------------------
+
+
+def test_loss_falls_on_real_text(corpus, ranks, tmp_path):
+    run = make_run(corpus, tmp_path / "run", "stages.0.tokens=100_000", "stages.0.batch_tokens=1024", "optim.lr=4e-3", "evaluation.every_steps=0")
+    train(run, ranks)
+    losses = [loss for _, loss, _ in steps(tmp_path / "run")]
+    assert losses[0] == pytest.approx(6.24, abs=0.2)  # ln 512: nothing is known at the start
+    assert events(tmp_path / "run", "evaluation")[-1]["heldout_loss"] < 4.2
+
+
+def test_one_document_is_learnt_by_heart(ranks, tmp_path):
+    text = "def gate(query, means):\n    return [sum(a * b for a, b in zip(query, mean)) for mean in means]\n" * 2
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "one.txt").write_text(text)
+    data = DataConfig(
+        prepared_dir=str(tmp_path / "corpus"),
+        sources=(SourceConfig(name="one", format=SourceFormat.FILES, path=str(tmp_path / "texts")),),
+        tokenizer=TokenizerConfig(vocab_size=300),
+        heldout_fraction=0.0,
+        num_workers=1,
+    )
+    prepare(data)
+    run = make_run(Path(data.prepared_dir), tmp_path / "run", "stages.0.tokens=20_480", "optim.lr=5e-3", "optim.weight_decay=0", "evaluation.rows=0")
+    train(run, ranks)
+    assert steps(tmp_path / "run")[-1][1] < 0.1
+
+
+# --- stages and switches --------------------------------------------------------------------------------------------------------
+
+
+def test_a_switch_between_full_and_moba_keeps_weights_and_is_logged(corpus, ranks, tmp_path):
+    run = make_run(corpus, tmp_path / "run")
+    first = replace(run.stages[0], tokens=4 * 512)
+    second = replace(first, name="full", attention=replace(first.attention, rule="full"))
+    train(replace(run, stages=(first, second)), ranks)
+    (switch,) = events(tmp_path / "run", "switch")
+    assert switch["step"] == 4 and switch["stage"] == "full"
+    assert switch["loss_before"] != switch["loss_after"]
+    before = [event["heldout_loss"] for event in events(tmp_path / "run", "evaluation") if event["step"] == 4]
+    assert before == [switch["loss_before"], switch["loss_before"], switch["loss_after"]]
+
+
+def test_a_resume_at_the_step_of_a_switch_goes_on_to_the_bit(corpus, ranks, tmp_path):
+    run = make_run(corpus, tmp_path / "whole")
+    first = replace(run.stages[0], tokens=4 * 512)
+    longer = replace(first, name="longer", seq_len=256, attention=replace(first.attention, rule="last 1 full, rest moba"))
+    run = replace(run, stages=(first, longer))
+    train(run, ranks)
+    train(replace(run, run_dir=str(tmp_path / "broken"), max_steps=4), ranks)
+    train(replace(run, run_dir=str(tmp_path / "broken")), ranks)
+    assert steps(tmp_path / "broken") == steps(tmp_path / "whole")
+    assert [line["context"] for line in lines(tmp_path / "whole") if "event" not in line] == [128] * 4 + [256] * 4
+
+
+def test_full_and_moba_checkpoints_interchange(finished, corpus, ranks, tmp_path):
+    source = finished / "checkpoints" / CHECKPOINTS[0]
+    weights = load_weights(source, zero_stage=1)
+    run = make_run(corpus, tmp_path / "run", "attention.rule=full", f"resume={source}", "max_steps=5")
+    train(run, ranks)
+    assert [step for step, _, _ in steps(tmp_path / "run")] == [5]
+    after = load_weights(tmp_path / "run" / "checkpoints" / "step_00000005", zero_stage=1)
+    assert after.keys() == weights.keys()
+    assert any(not torch.equal(after[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_weights_read_back_are_the_same_at_every_zero_stage(finished, corpus, ranks, tmp_path, stage):
+    train(make_run(corpus, tmp_path / "run", f"parallel=zero{stage}"), ranks)
+    reference = load_weights(finished / "checkpoints" / CHECKPOINTS[1], zero_stage=1)
+    weights = load_weights(tmp_path / "run" / "checkpoints" / CHECKPOINTS[1], zero_stage=stage)
+    assert weights.keys() == reference.keys()
+    for name, value in reference.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_accumulation_changes_nothing_but_rounding(finished, corpus, ranks, tmp_path):
+    train(make_run(corpus, tmp_path / "run", "parallel.micro_batch_rows=4"), ranks)
+    for (_, loss, norm), (_, other_loss, other_norm) in zip(steps(finished), steps(tmp_path / "run"), strict=True):
+        assert other_loss == pytest.approx(loss, rel=2e-4)
+        assert other_norm == pytest.approx(norm, rel=4e-3)
+
+
+# --- interruption and skipped steps ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_middle_of_a_step_saves_that_step(corpus, ranks, tmp_path, monkeypatch, number):
+    plain = Engine.step
+
+    def step(self, lr):
+        if lr == 1e-3 or len(steps(tmp_path / "run")) == 2:
+            os.kill(os.getpid(), number)
+        return plain(self, lr)
+
+    monkeypatch.setattr(Engine, "step", step)
+    train(make_run(corpus, tmp_path / "run"), ranks)
+    assert len(steps(tmp_path / "run")) == 3
+    assert checkpoint.resolve(str(tmp_path / "run")).name == "step_00000003"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_non_finite_gradient_is_skipped_counted_and_named(corpus, ranks, tmp_path, monkeypatch, stage):
+    plain = Engine.micro_step
+    calls = iter(range(10**6))
+
+    def poisoned(self, batch, *, weight, last):
+        # Call 0 is the dry run; 4 micro-batches make a step: the second micro-batch of step 3 is bad.
+        return plain(self, batch, weight=float("inf") if next(calls) == 1 + 2 * 4 + 1 else weight, last=last)
+
+    monkeypatch.setattr(Engine, "micro_step", poisoned)
+    train(make_run(corpus, tmp_path / "run", f"parallel=zero{stage}", "max_steps=4"), ranks)
+    (skip,) = events(tmp_path / "run", "skipped")
+    assert skip["step"] == 3 and skip["documents"]
+    assert [line["skipped_steps"] for line in lines(tmp_path / "run") if "event" not in line] == [0, 0, 1, 1]
+    assert all(torch.isfinite(value).all() for value in load_weights(tmp_path / "run/checkpoints/step_00000004", zero_stage=stage).values())
+    # Later steps stay finite: nothing of the bad gradient is left in a buffer.
+    assert lines(tmp_path / "run")[-3]["grad_norm"] is not None
+
+
+def test_too_many_skipped_steps_stop_the_run(corpus, ranks, tmp_path, monkeypatch):
+    plain = Engine.micro_step
+    monkeypatch.setattr(Engine, "micro_step", lambda self, batch, *, weight, last: plain(self, batch, weight=weight * float("nan"), last=last))
+    with pytest.raises(ConfigError, match=r"max_skipped_in_a_row=2: that many steps in a row up to step 2 .* training documents \[\d+"):
+        train(make_run(corpus, tmp_path / "run", "max_skipped_in_a_row=2"), ranks)
+
+
+# --- run folders -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_run_folder_tells_how_it_was_made(finished):
+    assert json.loads((finished / "config.json").read_text())["stages"][0]["attention"]["block_size"] == 32
+    (launch,) = [json.loads(line) for line in (finished / "launches.jsonl").read_text().splitlines()]
+    assert {"command", "git", "packages", "world_size", "machine"} <= launch.keys()
+    line = lines(finished)[0]
+    assert {"loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu_dense_equivalent", "mfu_executed", "memory_gib", "skipped_steps",
+            "context", "data_wait"} <= line.keys()  # fmt: skip
+    assert not list((finished / "checkpoints").glob(".*"))
+
+
+def test_a_finished_run_is_left_as_it_is(copied, corpus, ranks):
+    before = steps(copied)
+    train(make_run(corpus, copied), ranks)
+    assert steps(copied) == before
+
+
+def test_the_folder_of_another_run_is_refused(copied, corpus, ranks):
+    with pytest.raises(ConfigError, match=r"belongs to another run: optim.lr is 0.001 there and 0.002 here"):
+        train(make_run(corpus, copied, "optim.lr=2e-3"), ranks)
+    (copied / "config.json").unlink()
+    with pytest.raises(ConfigError, match="is not empty and no run made it"):
+        train(make_run(corpus, copied), ranks)
+
+
+def test_resume_never_refuses_to_train_over_checkpoints(copied, corpus, ranks):
+    with pytest.raises(ConfigError, match="resume=never: .* holds checkpoints"):
+        train(make_run(corpus, copied, "resume=never"), ranks)
+
+
+def test_retention_keeps_the_last_and_the_multiples(corpus, ranks, tmp_path):
+    train(make_run(corpus, tmp_path / "run", "checkpoint.every_steps=1", "checkpoint.keep_last=2", "checkpoint.keep_every=3"), ranks)
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert kept == [f"step_{step:08d}" for step in (3, 6, 7, 8)]
+    assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "step_00000008"
+
+
+def test_a_checkpoint_of_another_model_or_layout_is_refused(finished, corpus, ranks, tmp_path):
+    source = finished / "checkpoints" / CHECKPOINTS[1]
+    for change, message in [
+        ("model.ffn_size=128", "model.ffn_size is 176 in the checkpoint of step 8 and 128 here"),
+        ("parallel=zero2", "parallel.zero_stage is 1 in the checkpoint of step 8 and 2 here"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            train(make_run(corpus, tmp_path / "run", change, f"resume={source}"), ranks)
+    assert not (tmp_path / "run").exists()
+
+
+# --- damage ------------------------------------------------------------------------------------------------------------------------
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("damage", "says"), [(_cut, r"has \d+ bytes instead of \d+"), (_flip, "checksum"), (Path.unlink, "is missing")])
+def test_a_damaged_checkpoint_is_refused_by_name_and_auto_takes_the_one_before(copied, corpus, ranks, capfd, damage, says):
+    newest = copied / "checkpoints" / CHECKPOINTS[1]
+    damage(next((newest / "engine").glob("*optim_states.pt")))
+    with pytest.raises(ConfigError, match=rf"{newest}: is damaged: .*optim_states.pt.* {says}.*{CHECKPOINTS[0]} before it is whole"):
+        train(make_run(corpus, copied, f"resume={newest}"), ranks)
+    whole = steps(copied)
+    train(make_run(corpus, copied), ranks)
+    assert "trying the one before it" in capfd.readouterr().err
+    assert steps(copied) == whole
+    checkpoint.verify(newest)
+
+
+def test_when_every_checkpoint_is_damaged_nothing_is_started(copied, corpus, ranks):
+    for name in CHECKPOINTS:
+        (copied / "checkpoints" / name / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="all 2 checkpoints are damaged"):
+        train(make_run(corpus, copied), ranks)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it_whole(corpus, ranks, tmp_path, monkeypatch):
+    plain = torch.save
+    calls = iter(range(10**6))
+
+    def save(content, file, *arguments, **options):
+        if next(calls) >= 3:  # three files a checkpoint: the first one is whole
+            raise OSError(28, "No space left on device")
+        return plain(content, file, *arguments, **options)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(ConfigError, match=r"checkpoint of step 8 could not be written .*No space left.* step_00000004 before it is whole"):
+        train(make_run(corpus, tmp_path / "run"), ranks)
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["latest", CHECKPOINTS[0]]
+    checkpoint.verify(tmp_path / "run/checkpoints" / CHECKPOINTS[0])
+
+
+def test_a_checkpoint_that_cannot_fit_is_not_begun(copied, corpus, ranks, monkeypatch):
+    usage = shutil.disk_usage(copied)
+    shutil.rmtree(copied / "checkpoints" / CHECKPOINTS[1])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ConfigError, match="no room for a checkpoint .* 1000 are free; step_00000004 before it is whole"):
+        train(make_run(corpus, copied), ranks)
+
+
+# --- corpus against run --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused(corpus, ranks, tmp_path):
+    with pytest.raises(ConfigError, match=f"model.vocab_size=300: is smaller than the {Corpus.open(corpus).vocab_size} tokens of"):
+        train(make_run(corpus, tmp_path / "run", "model.vocab_size=300"), ranks)
+
+
+def test_a_missing_corpus_names_the_command(ranks, tmp_path):
+    with pytest.raises(ConfigError, match="scripts.prepare_data"):
+        train(make_run(tmp_path / "nowhere", tmp_path / "run"), ranks)
+    assert not (tmp_path / "run").exists()
+
+
+def test_first_difference_names_the_leaf():
+    assert run_dir.first_difference({"a": [{"b": 1}]}, {"a": [{"b": 2}]}, "x") == ("x.a.0.b", 1, 2)
+    assert run_dir.first_difference({"a": 1}, {"a": 1}, "x") is None
