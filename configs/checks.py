@@ -14,7 +14,8 @@ def check_stage(run: RunConfig, stage: StageConfig, index: int, world_size: int)
     key = f"stages.{index}"
     if stage.seq_len > run.model.max_seq_len:
         raise ConfigError(
-            f"{key}.seq_len={stage.seq_len}: is beyond the positions RoPE is set up for, model.max_seq_len={run.model.max_seq_len}; raise that or shorten the rows"
+            f"{key}.seq_len={stage.seq_len}: is beyond the positions RoPE is set up for, model.max_seq_len={run.model.max_seq_len}; "
+            "raise that or shorten the rows"
         )
     together = world_size * run.parallel.micro_batch_rows
     if stage.rows % together != 0:

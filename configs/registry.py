@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -29,7 +29,6 @@ from configs.schema import AttentionConfig, ConfigError, RopeConfig, RunConfig
 T = TypeVar("T")
 CONFIG_DIR = Path(__file__).parent
 REPOSITORY = CONFIG_DIR.parent
-_GROUPS = sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir() and not path.name.startswith(("_", ".")))
 # Keys of the composed mapping that stages refer to as ${attention} and ${rope}; they are not fields of the run itself.
 _SHARED = {RunConfig: {"attention": AttentionConfig, "rope": RopeConfig}}
 
@@ -87,7 +86,8 @@ def to_run(schema: type[T], config: DictConfig) -> T:
     """A composed Hydra config as `schema`; `???` left in it is an error that names the key."""
     missing = sorted(key for key in OmegaConf.missing_keys(config) if not key.startswith("hydra"))
     if missing:
-        raise ConfigError(f"{missing[0]}: must be given; add {missing[0]}=VALUE")
+        key = re.sub(r"\[(\d+)\]", r".\1", missing[0])  # brackets would need quotes in a shell
+        raise ConfigError(f"{key}: must be given; add {key}=VALUE")
     values = OmegaConf.to_container(config, resolve=True)
     for key, shared in _SHARED.get(schema, {}).items():
         from_mapping(shared, values.pop(key), f"{key}.")
@@ -128,7 +128,9 @@ def _nearest(word: str, accepted: Sequence[str]) -> str:
 
 def _explain(error: Exception, schema: type) -> str:
     """One line for a mistake that Hydra or OmegaConf found while composing."""
-    accepted = _keys(schema) + _GROUPS
+    accepted = _keys(schema)
+    if isinstance(error, yaml.YAMLError):
+        return "a config file is not YAML: " + " ".join(str(error).split())
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
@@ -146,7 +148,7 @@ def _explain(error: Exception, schema: type) -> str:
         return f"{error.override}: cannot be read as key=value ({lines[0]}); quote values with brackets or commas: 'key=\"...\"'"
     group = re.search(r"Could not override '([^']+)'.*No match in the defaults list", lines[0])
     if group:
-        return f"{group.group(1)}: no such group or key{_nearest(group.group(1), accepted)}"
+        return f"{group.group(1)}: no such key in this command{_nearest(group.group(1), accepted)}"
     hint = "; quote a value that holds commas: 'key=\"a, b\"'" if lines[0].startswith("Ambiguous value") else ""
     return f"{lines[0]}{hint}" if error.__cause__ is None else f"{lines[0]}: {' '.join(str(error.__cause__).split())}"
 
@@ -171,7 +173,7 @@ def command(schema: type[T], *, config_name: str) -> Callable[[Callable[[T], Non
                     main(to_run(schema, config))
             except ConfigError as error:
                 fail(str(error))
-            except (HydraException, OmegaConfBaseException) as error:
+            except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
                 fail(_explain(error, schema))
 
         return run
@@ -185,11 +187,12 @@ def compose(schema: type[T], *, config_name: str, overrides: Sequence[str] = ())
     try:
         with hydra.initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
             return to_run(schema, hydra.compose(config_name=config_name, overrides=list(overrides)))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(_explain(error, schema)) from None
 
 
 def fail(message: str) -> typing.NoReturn:
     """Ends the program as a user's mistake: the message on one line of stderr, exit status 2."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # every rank of a launch finds the same mistake
+        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     raise SystemExit(2)

@@ -123,7 +123,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "max_seq_len")
-        _require(self.num_heads % self.num_kv_heads == 0, "num_heads", self.num_heads, f"must be a multiple of num_kv_heads={self.num_kv_heads}")
+        divides = self.num_heads % self.num_kv_heads == 0
+        _require(divides, "num_heads", self.num_heads, f"must be a multiple of num_kv_heads={self.num_kv_heads}")
         _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even (RoPE rotates pairs)")
         _require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
         _require(self.init_std > 0, "init_std", self.init_std, "must be positive")
@@ -480,5 +481,5 @@ class EvaluateConfig:
         for context in self.contexts:
             _require(context >= 1, "contexts", context, "must be at least 1")
         _at_least(self, 0, "max_documents", "min_document_tokens", "max_document_tokens")
-        _require(self.max_document_tokens != 1, "max_document_tokens", 1, "must be 0 or at least 2 (a document's first token is not scored)")
+        _require(self.max_document_tokens != 1, "max_document_tokens", 1, "must be 0 or at least 2 (the first token is not scored)")
 

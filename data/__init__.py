@@ -9,7 +9,7 @@ Made once, by `scripts.prepare_data`:
     manifest.py    what a prepared folder says about itself, and its checksums
 Read at each step of training:
     shards.py      a prepared corpus, checked and memory-mapped
-    stream.py      which tokens come at which position: a pure function of (seed, epoch, offset)
+    stream.py      which rows of tokens come in which order: documents shuffled, then rows; a pure function, its state a few integers
     batch.py       the packed rows a model is fed
     loader.py      steps for one rank, with integer state; held-out rows
 """

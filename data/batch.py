@@ -25,8 +25,8 @@ class PieceOrigin(NamedTuple):
 class Batch:
     """Rows of whole and cut documents, without padding.
 
-    A piece is what a row holds of one document: attention, positions and MoBA's blocks stay inside it. A document that is cut at
-    a row's end goes on as a piece of the next row; its last token before the cut still has the true next token as its label.
+    A piece is a stretch of one document inside a row: attention, positions and MoBA's blocks stay inside it. A document that is cut
+    goes on as a piece of some other row, often of another step; the last token before a cut still has the true next token as its label.
     """
 
     tokens: torch.Tensor

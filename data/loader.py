@@ -1,16 +1,17 @@
 """The door to training data: the steps of one rank, and the held-out rows.
 
-Row j of an optimizer step begins j * seq_len tokens after the step, whatever the number of ranks. Micro-batch m of the step holds
-rows [m * micro_batch_rows, (m + 1) * micro_batch_rows), and belongs to rank m % world_size.
+An optimizer step is the next rows_per_step rows of the stream, the same whatever the number of ranks. Micro-batch m of the step
+holds rows [m * micro_batch_rows, (m + 1) * micro_batch_rows), and belongs to rank m % world_size.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from configs.schema import ConfigError
 from data.batch import IGNORE, Batch, PieceOrigin, pack
 from data.shards import Corpus, DocumentTable
-from data.stream import Position, TokenStream
+from data.stream import Position, Progress, Row, TokenStream
 
 _HELDOUT_SEED = 0  # held-out rows are the same in every run
 
@@ -18,7 +19,7 @@ _HELDOUT_SEED = 0  # held-out rows are the same in every run
 class Loader:
     """This rank's micro-batches, step by step, without end. Made by `build_loader`.
 
-    `epoch_tokens` is the number of tokens of the split, `position` where the next step begins.
+    `epoch_tokens` is the number of tokens of the split, `progress` what the steps before the next one have visited.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Loader:
         self.seq_len, self.rows_per_step, self.micro_batch_rows = seq_len, rows_per_step, micro_batch_rows
         self.rank, self.world_size = rank, world_size
         self.epoch_tokens = stream.epoch_tokens
-        self.position = Position()
+        self.progress = Progress()
         self._table, self._stream, self._fingerprint = table, stream, fingerprint
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -45,30 +46,40 @@ class Loader:
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next optimizer step: rows_per_step / (world_size * micro_batch_rows) of them."""
-        num_tokens = self.rows_per_step * self.seq_len
-        targets = num_tokens - self._stream.num_document_ends(self.position, num_tokens)
+        rows, self.progress = self._stream.take(self.progress, self.rows_per_step, self.seq_len)
+        targets = len(rows) * self.seq_len - self._stream.num_document_ends(rows)
         stride = self.world_size * self.micro_batch_rows
         batches = []
         for first in range(self.rank * self.micro_batch_rows, self.rows_per_step, stride):
-            starts = [self._stream.advance(self.position, (first + i) * self.seq_len) for i in range(self.micro_batch_rows)]
-            batches.append(pack(self._table, [self._stream.pieces(start, self.seq_len) for start in starts], step_targets=targets))
-        self.position = self._stream.advance(self.position, num_tokens)
+            filled = [self._stream.pieces(row) for row in rows[first : first + self.micro_batch_rows]]
+            batches.append(pack(self._table, filled, step_targets=targets))
         return batches
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the next step begins, and of which stream: the same integers on every rank."""
-        return {"epoch": self.position.epoch, "offset": self.position.offset, "seed": self._stream.seed, "corpus": self._fingerprint}
+    def state_dict(self) -> dict[str, Any]:
+        """What is visited, and of which stream: integers and a list of pairs of them, fit for JSON and the same on every rank.
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+        Epoch and offset say where the group of rows begins, `views` is a list of [seq_len, rows visited] (`data.stream.Progress`).
+        """
+        start = self.progress.start
+        return {
+            "epoch": start.epoch,
+            "offset": start.offset,
+            "views": [list(view) for view in self.progress.views],
+            "seed": self._stream.seed,
+            "corpus": self._fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from `state`, which may come from another seq_len, batch or world size.
 
-        Raises ConfigError where it is of another seed or corpus, since its position means nothing here.
+        Raises ConfigError where it is of another seed or corpus, since its place means nothing here.
         """
         here = self.state_dict()
         for key in ("seed", "corpus"):
             if state[key] != here[key]:
                 raise ConfigError(f"resume: the saved stream has {key}={state[key]}, this run has {key}={here[key]}; they must be the same")
-        self.position = Position(state["epoch"], state["offset"])
+        views = tuple((seq_len, visited) for seq_len, visited in state["views"])
+        self.progress = Progress(Position(state["epoch"], state["offset"]), views)
 
 
 def build_loader(
@@ -81,7 +92,7 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     seed: int = 0,
-    state: dict[str, int] | None = None,
+    state: dict[str, Any] | None = None,
 ) -> Loader:
     """The loader of `rank` over a prepared corpus (or its folder), from its beginning or from a `state_dict`.
 
@@ -114,9 +125,9 @@ def build_loader(
 
 
 def heldout_rows(corpus: Corpus, *, seq_len: int, rows: int, micro_batch_rows: int = 1, rank: int = 0, world_size: int = 1) -> list[Batch]:
-    """The first `rows` held-out rows in one fixed shuffled order, as this rank's batches; the same rows in every run.
+    """The first `rows` held-out rows in the order of one fixed seed, as this rank's batches; the same rows in every run.
 
-    Fewer where held-out holds fewer full rows, so that none is scored twice. Every rank gets the same number of batches, since its
+    Fewer where held-out holds fewer full rows, so that no token is scored twice. Every rank gets the same number of batches, since its
     collectives must match: rows that fill up have no targets. `step_targets` counts the targets of all rows.
     Raises ConfigError where held-out documents do not fill one row.
     """
@@ -130,13 +141,20 @@ def heldout_rows(corpus: Corpus, *, seq_len: int, rows: int, micro_batch_rows: i
             "hold out more, or set evaluation.rows=0"
         )
     rows = min(rows, available)
-    targets = rows * seq_len - stream.num_document_ends(Position(), rows * seq_len)
+    taken, _ = stream.take(Progress(), rows + 1, seq_len)  # one more: the row that runs on into the next epoch is left out
+    chosen = [row for row in taken if _ends_in_first_epoch(row, stream)][:rows]
+    targets = rows * seq_len - stream.num_document_ends(chosen)
     batches = []
     for first in range(0, rows, world_size * micro_batch_rows):
         numbers = range(first + rank * micro_batch_rows, first + (rank + 1) * micro_batch_rows)
-        filled = [stream.pieces(stream.advance(Position(), (n if n < rows else 0) * seq_len), seq_len) for n in numbers]
+        filled = [stream.pieces(chosen[n if n < rows else 0]) for n in numbers]
         batches.append(pack(table, filled, step_targets=targets, masked_rows=sum(n >= rows for n in numbers)))
     return batches
+
+
+def _ends_in_first_epoch(row: Row, stream: TokenStream) -> bool:
+    position, num_tokens = row[-1]
+    return position.epoch == 0 and position.offset + num_tokens <= stream.epoch_tokens
 
 
 def _require_documents(corpus: Corpus, table: DocumentTable) -> None:

@@ -8,6 +8,7 @@ Writes evaluation.json, evaluation.md and position.png into output_dir (default:
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ from train.evaluate import (
     score,
 )
 from train.report import describe_documents, describe_result, main_table, markdown, result_label
-from train.run_dir import _describe_launch, write_atomically
+from train.run_dir import describe_launch, write_atomically
 from train.stages import place_of
 
 FILES = ("position.png", "evaluation.md", "evaluation.json")
@@ -79,7 +80,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "results": _score_all(config, model, settings, documents, device),
         "output_dir": str(folder),
         "config": to_mapping(config),
-        "launch": _describe_launch(world_size=1),
+        "launch": describe_launch(world_size=1),
         "training": {"git": state.git, "config": state.config},
     }
     _write(folder, report)
@@ -88,7 +89,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def _find(config: EvaluateConfig) -> Path:
     try:
-        return resolve(config.checkpoint)
+        return resolve(config.checkpoint, lambda text: print(text, file=sys.stderr))
     except ConfigError as error:
         raise ConfigError(f"checkpoint={error}") from None
 

@@ -34,7 +34,7 @@ class TrainingState:
     """Everything but tensors: `step` counts finished steps, `stream` is the loader's own state, `config` the resolved run."""
 
     step: int
-    stream: dict[str, int]
+    stream: dict[str, Any]
     skipped: int
     skipped_in_a_row: int
     world_size: int
@@ -174,16 +174,19 @@ def choose(resume: str, root: Path, say: Callable[[str], None]) -> Path | None:
         if _steps(root):
             raise ConfigError(f"resume=never: {root} holds checkpoints; choose another run_dir, or resume=auto to go on")
         return None
-    return resolve(resume)
+    return resolve(resume, say)
 
 
-def resolve(path: str) -> Path:
-    """A checkpoint folder, or a run folder's newest valid checkpoint. Raises ConfigError, offering an intact one before a damaged one."""
+def resolve(path: str, say: Callable[[str], None]) -> Path:
+    """A checkpoint folder, or a run folder's newest valid checkpoint, with `say` told of damaged ones on the way.
+
+    Raises ConfigError for a path that is neither or is damaged, offering the whole checkpoint before it.
+    """
     given = Path(path)
     if not given.is_dir():
         raise ConfigError(f"{path}: no such checkpoint or run folder")
     if (given / "checkpoints").is_dir():
-        newest = newest_valid(given / "checkpoints", lambda message: None)
+        newest = newest_valid(given / "checkpoints", say)
         if newest is None:
             raise ConfigError(f"{path}: the run has no checkpoint yet")
         return newest

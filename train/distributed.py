@@ -34,7 +34,9 @@ def choose_device(wanted: Device, local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if local_rank >= count:
-        raise ConfigError(f"device={wanted.value}: rank {local_rank} of this machine needs a GPU and torch sees {count}; use device=cpu or fewer ranks")
+        raise ConfigError(
+            f"device={wanted.value}: rank {local_rank} of this machine needs a GPU and torch sees {count}; use device=cpu or fewer ranks"
+        )
     return torch.device("cuda", local_rank)
 
 

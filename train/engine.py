@@ -63,7 +63,7 @@ def processes(ranks: Ranks) -> Iterator[None]:
     """Inside it, this process is in the group of all ranks (NCCL on GPUs, gloo on CPUs) and has its share of the cores."""
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
-    else:
+    elif "OMP_NUM_THREADS" not in os.environ:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
@@ -156,5 +156,5 @@ def load_weights(directory: Path, *, zero_stage: int) -> dict[str, torch.Tensor]
     _deepspeed(torch.device("cpu"))
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=_TAG)

@@ -182,9 +182,11 @@ class Trainer:
             )
 
     def _switch(self, place: Place) -> None:
-        before = self.evaluate() if self._heldout else None
+        """Enters the next stage; the loss on either side of it is of the same held-out rows, those of the stage before."""
+        rows = self._heldout
+        before = heldout_loss(self.engine, rows, self.ranks) if rows else None
         self._enter(place.stage)
-        after = self.evaluate() if self._heldout else None
+        after = heldout_loss(self.engine, rows, self.ranks) if rows else None
         self.metrics.event("switch", self.done, stage=place.stage.name, loss_before=before, loss_after=after)
 
     def evaluate(self) -> float | None:

@@ -74,7 +74,8 @@ class _Terminal:
     def __init__(self, run: RunConfig, first_step: int) -> None:
         self._every = run.logging.every_steps
         console = Console(file=sys.stderr)
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"), TimeRemainingColumn(compact=True))
+        bar, text = BarColumn(bar_width=20), TextColumn("{task.fields[text]}")
+        columns = (TextColumn("{task.description}"), bar, text, TimeRemainingColumn(compact=True))
         self._progress = Progress(*columns, console=console, transient=False) if console.is_terminal else None
         if self._progress:
             self._progress.start()

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ def open_run_dir(run: RunConfig, *, world_size: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / CONFIG_FILE, json.dumps(to_mapping(run), indent=2) + "\n")
     with (folder / "launches.jsonl").open("a") as launches:
-        launches.write(json.dumps(_describe_launch(world_size)) + "\n")
+        launches.write(json.dumps(describe_launch(world_size)) + "\n")
     return folder
 
 
@@ -47,7 +48,9 @@ def check_run_dir(run: RunConfig) -> None:
         difference = first_difference(before.get(key), now[key], key)
         if difference:
             where, old, new = difference
-            raise ConfigError(f"run_dir={run.run_dir}: belongs to another run: {where} is {old} there and {new} here; choose another run_dir")
+            raise ConfigError(
+                f"run_dir={run.run_dir}: belongs to another run: {where} is {old} there and {new} here; choose another run_dir"
+            )
 
 
 def first_difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any] | None:
@@ -61,16 +64,22 @@ def first_difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any] | Non
     return next((found for pair in pairs if (found := first_difference(*pair))), None)
 
 
-def _describe_launch(world_size: int) -> dict[str, Any]:
+def describe_launch(world_size: int) -> dict[str, Any]:
+    """How this process was started: time, command line, git state, machine and package versions."""
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join([sys.executable, *sys.argv]),
+        "command": shlex.join([*_program(), *sys.argv[1:]]),
         "world_size": world_size,
         "git": git_state(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "packages": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def _program() -> list[str]:
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    return ["python", "-m", module.name] if module else ["python", sys.argv[0]]
 
 
 def git_state() -> dict[str, Any]:
@@ -97,8 +106,12 @@ def _version(package: str) -> str | None:
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file's content so that a reader, or a crash, sees the old text or the new one, never a part."""
     beside = path.with_name(f".{path.name}.partial")
-    with beside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise

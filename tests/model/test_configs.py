@@ -11,7 +11,7 @@ from model.accounting import parameter_counts
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIZES = {  # millions of parameters: without embeddings, total
     "tiny": (0.092, 0.125),
-    "quickstart": (2.755, 4.852),
+    "quickstart": (0.788, 1.836),
     "small_50m": (50.15, 71.12),
     "paper_545m": (545.97, 604.69),
     "llama_1b9": (1586.1, 1914.4),

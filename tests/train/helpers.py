@@ -2,15 +2,16 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
-import socket
 from pathlib import Path
 from typing import Any
 
 from configs.registry import REPOSITORY, compose
 from configs.schema import DataConfig, RunConfig, SourceConfig, SourceFormat, TokenizerConfig
 
+_OF_A_LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STEPS, KILLED_IN = 8, 6  # checkpoints at 4 and 8; the kill comes in the 6th step
 
 
@@ -79,6 +80,7 @@ def launch(arguments: list[str], *, num_ranks: int, timeout: float = 240) -> sub
 
 def execute(command: list[str], *, timeout: float = 240, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
     """A command from the repository root with this interpreter's environment, without a GPU."""
-    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    environment = inherited | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    inherited = {key: value for key, value in os.environ.items() if key not in _OF_A_LAUNCH}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = inherited | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PATH": path}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False)

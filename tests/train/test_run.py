@@ -39,7 +39,8 @@ def copied(finished, tmp_path) -> Path:
 
 
 def test_loss_falls_on_real_text(corpus, ranks, tmp_path):
-    run = make_run(corpus, tmp_path / "run", "stages.0.tokens=100_000", "stages.0.batch_tokens=1024", "optim.lr=4e-3", "evaluation.every_steps=0")
+    size = ("stages.0.tokens=100_000", "stages.0.batch_tokens=1024", "parallel.micro_batch_rows=8")
+    run = make_run(corpus, tmp_path / "run", *size, "optim.lr=4e-3", "evaluation.every_steps=0")
     train(run, ranks)
     losses = [loss for _, loss, _ in steps(tmp_path / "run")]
     assert losses[0] == pytest.approx(6.24, abs=0.2)  # ln 512: nothing is known at the start
@@ -58,7 +59,8 @@ def test_one_document_is_learnt_by_heart(ranks, tmp_path):
         num_workers=1,
     )
     prepare(data)
-    run = make_run(Path(data.prepared_dir), tmp_path / "run", "stages.0.tokens=20_480", "optim.lr=5e-3", "optim.weight_decay=0", "evaluation.rows=0")
+    learning = ("stages.0.tokens=20_480", "optim.lr=5e-3", "optim.weight_decay=0", "evaluation.rows=0", "parallel.micro_batch_rows=4")
+    run = make_run(Path(data.prepared_dir), tmp_path / "run", *learning)
     train(run, ranks)
     assert steps(tmp_path / "run")[-1][1] < 0.1
 
@@ -74,8 +76,8 @@ def test_a_switch_between_full_and_moba_keeps_weights_and_is_logged(corpus, rank
     (switch,) = events(tmp_path / "run", "switch")
     assert switch["step"] == 4 and switch["stage"] == "full"
     assert switch["loss_before"] != switch["loss_after"]
-    before = [event["heldout_loss"] for event in events(tmp_path / "run", "evaluation") if event["step"] == 4]
-    assert before == [switch["loss_before"], switch["loss_before"], switch["loss_after"]]
+    (before,) = [event["heldout_loss"] for event in events(tmp_path / "run", "evaluation") if event["step"] == 4]
+    assert switch["loss_before"] == before
 
 
 def test_a_resume_at_the_step_of_a_switch_goes_on_to_the_bit(corpus, ranks, tmp_path):
@@ -133,7 +135,7 @@ def test_a_signal_in_the_middle_of_a_step_saves_that_step(corpus, ranks, tmp_pat
     monkeypatch.setattr(Engine, "step", step)
     train(make_run(corpus, tmp_path / "run"), ranks)
     assert len(steps(tmp_path / "run")) == 3
-    assert checkpoint.resolve(str(tmp_path / "run")).name == "step_00000003"
+    assert checkpoint.resolve(str(tmp_path / "run"), print).name == "step_00000003"
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -157,7 +159,11 @@ def test_a_non_finite_gradient_is_skipped_counted_and_named(corpus, ranks, tmp_p
 
 def test_too_many_skipped_steps_stop_the_run(corpus, ranks, tmp_path, monkeypatch):
     plain = Engine.micro_step
-    monkeypatch.setattr(Engine, "micro_step", lambda self, batch, *, weight, last: plain(self, batch, weight=weight * float("nan"), last=last))
+
+    def poisoned(self, batch, *, weight, last):
+        return plain(self, batch, weight=weight * float("nan"), last=last)
+
+    monkeypatch.setattr(Engine, "micro_step", poisoned)
     with pytest.raises(ConfigError, match=r"max_skipped_in_a_row=2: that many steps in a row up to step 2 .* training documents \[\d+"):
         train(make_run(corpus, tmp_path / "run", "max_skipped_in_a_row=2"), ranks)
 
@@ -190,7 +196,7 @@ def test_the_folder_of_another_run_is_refused(copied, corpus, ranks):
 
 
 def test_resume_never_refuses_to_train_over_checkpoints(copied, corpus, ranks):
-    with pytest.raises(ConfigError, match="resume=never: .* holds checkpoints"):
+    with pytest.raises(ConfigError, match=r"resume=never: .* holds checkpoints"):
         train(make_run(corpus, copied, "resume=never"), ranks)
 
 
@@ -265,7 +271,7 @@ def test_a_checkpoint_that_cannot_fit_is_not_begun(copied, corpus, ranks, monkey
     usage = shutil.disk_usage(copied)
     shutil.rmtree(copied / "checkpoints" / CHECKPOINTS[1])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(ConfigError, match="no room for a checkpoint .* 1000 are free; step_00000004 before it is whole"):
+    with pytest.raises(ConfigError, match=r"no room for a checkpoint .* 1000 are free; step_00000004 before it is whole"):
         train(make_run(corpus, copied), ranks)
 
 
@@ -278,7 +284,7 @@ def test_a_vocabulary_larger_than_the_models_is_refused(corpus, ranks, tmp_path)
 
 
 def test_a_missing_corpus_names_the_command(ranks, tmp_path):
-    with pytest.raises(ConfigError, match="scripts.prepare_data"):
+    with pytest.raises(ConfigError, match=r"scripts\.prepare_data"):
         train(make_run(tmp_path / "nowhere", tmp_path / "run"), ranks)
     assert not (tmp_path / "run").exists()
 

@@ -1,0 +1,167 @@
+"""The door from Hydra: strictness, one-line errors that say what is accepted, and that every YAML composes."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from configs.checks import check_run
+from configs.registry import CONFIG_DIR, compose, from_mapping, to_mapping
+from configs.schema import AttentionConfig, ConfigError, EvaluateConfig, OptimConfig, PrepareConfig, RunConfig, ScheduleKind, StageConfig
+from train.optim import build_optimizer, learning_rate
+from train.stages import place_of
+
+
+def _run(*overrides: str) -> RunConfig:
+    return compose(RunConfig, config_name="train", overrides=overrides)
+
+
+# --- every file ------------------------------------------------------------------------------------------------------------------
+
+GROUPS = {group: sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml")) for group in
+          ("model", "attention", "stages", "data", "optim", "parallel", "logging", "experiment")}  # fmt: skip
+PATHS = ("data.sources.0.path=somewhere",)  # what a recipe leaves to its user
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in GROUPS.items() for name in names])
+def test_every_file_composes_and_passes_its_checks(group, name):
+    needs_path = group == "data" and "???" in (CONFIG_DIR / "data" / f"{name}.yaml").read_text()
+    wide = () if group == "experiment" else ("model=quickstart",)
+    layers = ("model.num_layers=4",) if group == "attention" else ()
+    short = ("stages.0.seq_len=512",) if name == "tiny" else ()
+    run = _run(*wide, *layers, f"{group}={name}", *(PATHS if needs_path else ()), *short)
+    check_run(run, world_size=1)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG_DIR.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIG_DIR)))
+def test_every_file_opens_by_saying_what_it_is(path):
+    lines = path.read_text().splitlines()
+    comments = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    said = [line for line in comments if "@package" not in line]
+    assert said and len(said[0]) > 10
+    if path.parent.name == "experiment":
+        assert "Question:" in path.read_text() and "Expected:" in path.read_text()
+
+
+def test_every_root_composes():
+    assert compose(PrepareConfig, config_name="prepare_data").data.name == "bundled"
+    assert compose(EvaluateConfig, config_name="evaluate", overrides=["checkpoint=x"]).checkpoint == "x"
+
+
+# --- strictness --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("modle.hidden_size=5", r"^modle.hidden_size: no such key, did you mean 'model.hidden_size'\?$"),
+        ("model.hiden_size=5", r"^model.hiden_size: no such key, did you mean 'model.hidden_size'\?$"),
+        ("hidden_size=5", r"^hidden_size: no such key, did you mean 'model.hidden_size'\?$"),
+        ("stages.0.tokns=5", r"^stages.0.tokns: no such key, did you mean 'stages.0.tokens'\?$"),
+        ("+foo=1", r"^foo: no such key; accepted: name, run_dir"),
+        ("experiment=quikstart", r"^experiment=quikstart: no such config, did you mean 'quickstart'\?; accepted: quickstart"),
+        ("model=huge", r"^model=huge: no such config; accepted: .*tiny"),
+        ("model.hidden_size=big", r"^model.hidden_size='big': must be an integer$"),
+        ("model.hidden_size=1.5", r"^model.hidden_size=1.5: must be an integer$"),
+        ("seed=true", r"^seed=True: must be an integer$"),
+        ("optim.lr=fast", r"^optim.lr='fast': must be a number$"),
+        ("optim.lr=-1", r"^optim.lr=-1.0: must be positive$"),
+        ("name=5", r"^name=5: must be a text$"),
+        ("logging.wandb=yess", r"^logging.wandb='yess': must be true or false$"),
+        ("optim.schedule=cosin", r"^optim.schedule='cosin': no such choice, did you mean 'cosine'\?; accepted: cosine, wsd, linear, constant$"),
+        ("attention.backend=flash", r"^attention.backend='flash': no such choice; accepted: auto, reference, torch$"),
+        ("attention.rule=modba", r"^attention.rule='modba': 'modba' does not end in an attention kind"),
+        ("stages.0.seq_len=0", r"^stages.0.seq_len=0: must be at least 1$"),
+        ("stages.0.batch_tokens=5000", r"^stages.0.batch_tokens=5000: must be a multiple of seq_len=2048$"),
+        ("stages.1.tokens=5", r"stages.1.tokens=5.*out of range"),
+        ("model.num_heads=3", r"^model.num_heads=3: must be a multiple of num_kv_heads=2$"),
+        ("parallel.zero_stage=4", r"^parallel.zero_stage=4: accepted: 0, 1, 2, 3$"),
+        ("data.sources=5", r"^data.sources=5: must be a list$"),
+        ("data.sources=[{name: x, format: text}]", r"^data.sources.0.path='': must be given for format=text$"),
+        ("optim.no_decay=[norms]", r"^optim.no_decay=norms: accepted: norm, bias, embedding$"),
+        ("attention.rule=last 3 full, rest moba", r"Ambiguous value .*quote a value that holds commas"),
+        ("attention.rule=moba(64, 3)", r"cannot be read as key=value.*quote"),
+        ("data=text", r"^data.sources.0.path: must be given; add data.sources.0.path=VALUE$"),
+    ],
+)
+def test_a_mistake_is_named_with_its_key_and_what_is_accepted(override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        _run("model=quickstart", override)
+    assert "\n" not in str(caught.value)
+
+
+def test_mapping_and_dataclasses_are_each_others_inverse():
+    run = _run("model=quickstart", "optim=adamw_wsd", "optim.no_decay=[bias]")
+    assert from_mapping(RunConfig, to_mapping(run)) == run
+
+
+def test_numbers_may_be_written_as_people_write_them():
+    run = _run("stages.0.tokens=2e6", "optim.lr=1")
+    assert run.stages[0].tokens == 2_000_000 and run.optim.lr == 1.0
+
+
+# --- checks across objects -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "message"),
+    [
+        (["model.max_seq_len=1024"], 1, r"stages.0.seq_len=2048: is beyond .* model.max_seq_len=1024"),
+        ([], 3, r"stages.0.batch_tokens=8192: is 4 rows of 2048, which 3 ranks × parallel.micro_batch_rows=1 = 3 does not divide"),
+        (["parallel.micro_batch_rows=8"], 1, r"is 4 rows of 2048, which 1 ranks × parallel.micro_batch_rows=8 = 8 does not divide"),
+        (["attention.rule='layers 7 full, rest moba'"], 1, r"stages.0.attention.rule=.*layers \[7\] do not exist; the model has layers 0..3"),
+        (["attention.rule='last 1 full'"], 1, r"layers \[0, 1, 2\] of 4 are named by no clause"),
+    ],
+)
+def test_objects_must_fit_each_other(overrides, world_size, message):
+    with pytest.raises(ConfigError, match=message):
+        check_run(_run("model=quickstart", *overrides), world_size=world_size)
+
+
+def test_zero_0_with_bf16_is_refused():
+    with pytest.raises(ConfigError, match="bf16 needs ZeRO 1, 2 or 3"):
+        _run("parallel=zero0", "parallel.precision=bf16")
+
+
+# --- derived values ------------------------------------------------------------------------------------------------------------------
+
+
+def test_places_follow_the_stages():
+    first = StageConfig(tokens=1000, seq_len=128, batch_tokens=256)
+    second = replace(first, name="second", seq_len=256, batch_tokens=512, attention=AttentionConfig(rule="moba"))
+    run = RunConfig(stages=(first, second))
+    assert (first.steps, second.steps, run.total_steps, run.total_tokens) == (4, 2, 6, 4 * 256 + 2 * 512)
+    places = [place_of(run, step) for step in range(6)]
+    assert [place.index for place in places] == [0, 0, 0, 0, 1, 1]
+    assert [place.tokens_before for place in places] == [0, 256, 512, 768, 1024, 1536]
+    assert [place.is_switch for place in places] == [False, False, False, False, True, False]
+
+
+@pytest.mark.parametrize("schedule", list(ScheduleKind))
+def test_the_learning_rate_warms_up_and_ends_where_it_should(schedule):
+    config = OptimConfig(lr=1.0, schedule=schedule, warmup_fraction=0.1, decay_fraction=0.2, min_lr_ratio=0.1)
+    rates = [learning_rate(config, tokens, 1000) for tokens in range(0, 1001, 10)]
+    assert rates[0] == 0 and rates[5] == pytest.approx(0.5) and rates[10] == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(1.0 if schedule is ScheduleKind.CONSTANT else 0.1)
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(rates[10:]))
+    if schedule is ScheduleKind.WSD:
+        assert rates[80] == pytest.approx(1.0) and rates[90] == pytest.approx(0.55)
+
+
+def test_optimizer_groups_follow_the_families():
+    from model.transformer import Transformer
+
+    run = _run("model=tiny", "model.qkv_bias=true", "model.qk_norm=true")
+    model = Transformer(run.model, run.stages[0].attention.per_layer(2), run.stages[0].rope)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, undecayed = ([names[id(parameter)] for parameter in group["params"]] for group in build_optimizer(model, run.optim).param_groups)
+    assert all("norm" not in name and "bias" not in name and "embedding" not in name for name in decayed)
+    assert len(decayed) == 2 * 7 and "embedding.weight" in undecayed
+    assert any("q_norm" in name for name in undecayed) and any(name.endswith("bias") for name in undecayed)
+    everything = build_optimizer(model, replace(run.optim, no_decay=()))
+    assert [group["weight_decay"] for group in everything.param_groups] == [run.optim.weight_decay]
+
+
+def test_paths_mean_the_same_from_everywhere():
+    assert CONFIG_DIR.is_absolute() and Path(CONFIG_DIR.parent, "train", "main.py").is_file()

@@ -1,0 +1,368 @@
+"""Evaluation of a checkpoint on held-out documents: what is scored, in which window, how it is added up and written down."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.layers import LayerAttention
+from configs.registry import REPOSITORY, compose
+from configs.schema import (
+    ConfigError,
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    RopeConfig,
+    SourceConfig,
+    SourceFormat,
+    TokenizerConfig,
+    TokenizerKind,
+)
+from data.prepare import prepare
+from data.shards import Corpus
+from data.tokenizer import train_tokenizer
+from model.init import initialise
+from model.transformer import Transformer
+from scripts import evaluate as door
+from scripts.evaluate import evaluate
+from scripts.figures import plot_losses, plot_positions, short_count
+from tests.data.conftest import make_texts, write_jsonl
+from tests.train.helpers import overrides
+from train.engine import load_weights
+from train.evaluate import Scores, choose_documents, document_losses, windows
+
+CPU = torch.device("cpu")
+QUICK = settings(max_examples=200, deadline=None)
+STAGES = (0, 1, 2, 3)
+FULL, MOBA = LayerAttention(kind="full"), LayerAttention(kind="moba", block_size=4, topk=2)
+
+
+# Windows
+
+
+@QUICK
+@given(num_tokens=st.integers(2, 400), context=st.integers(1, 500))
+def test_each_token_but_the_first_is_scored_once_with_half_a_context_before_it(num_tokens, context):
+    scored = []
+    for window in windows(num_tokens, context):
+        assert 0 <= window.start < window.stop <= window.start + context
+        assert window.start < window.first <= window.stop < num_tokens
+        for token in range(window.first, window.stop + 1):
+            seen = token - window.start
+            assert seen == token or seen > context / 2
+            scored.append(token)
+    assert scored == list(range(1, num_tokens))
+
+
+def make_model(attention: LayerAttention) -> Transformer:
+    """Two layers of random weights, large enough for attention to decide the losses; 64 words."""
+    config = ModelConfig(
+        vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=48, max_seq_len=64, init_std=0.3
+    )
+    model = Transformer(config, (attention,) * 2, RopeConfig())
+    initialise(model, config, seed=1)
+    return model.eval()
+
+
+def random_tokens(count: int) -> np.ndarray:
+    return np.random.default_rng(count).integers(0, 64, count).astype(np.uint16)
+
+
+@torch.no_grad()
+def naive_losses(model: Transformer, tokens: np.ndarray, context: int) -> list[float]:
+    """One forward pass a token: the window that scores it by definition, cut before the token itself."""
+    step = max(1, context // 2)
+    losses = []
+    for token in range(1, len(tokens)):
+        start = step * max(0, math.ceil((token - context) / step))
+        seen = torch.from_numpy(tokens[start:token].astype(np.int64))
+        logits = model(seen, torch.arange(len(seen)), torch.tensor([0, len(seen)], dtype=torch.int32))
+        losses.append(-float(logits[-1].double().log_softmax(-1)[int(tokens[token])]))
+    return losses
+
+
+@pytest.mark.parametrize("attention", [FULL, MOBA], ids=str)
+@pytest.mark.parametrize("context", [1, 2, 7, 16, 64])
+@pytest.mark.parametrize("num_tokens", [2, 3, 45])
+def test_losses_are_those_of_one_pass_a_token(attention, context, num_tokens):
+    model, tokens = make_model(attention), random_tokens(num_tokens)
+    np.testing.assert_allclose(document_losses(model, tokens, context=context, device=CPU), naive_losses(model, tokens, context), atol=2e-5)
+
+
+@pytest.mark.parametrize("attention", [FULL, MOBA], ids=str)
+def test_windows_packed_together_score_as_they_do_alone(attention, monkeypatch):
+    model, tokens = make_model(attention), random_tokens(150)
+    heard = []
+    together = document_losses(model, tokens, context=16, device=CPU, advance=heard.append)
+    assert sum(heard) == 149
+    monkeypatch.setattr("train.evaluate._PASS_TOKENS", 1)
+    np.testing.assert_allclose(document_losses(model, tokens, context=16, device=CPU), together, atol=2e-5)
+
+
+def test_moba_that_sees_every_block_is_full_attention():
+    model, tokens = make_model(FULL), random_tokens(90)
+    full = document_losses(model, tokens, context=32, device=CPU)
+    model.set_attention((LayerAttention(kind="moba", block_size=8, topk=4),) * 2)
+    assert np.array_equal(document_losses(model, tokens, context=32, device=CPU), full)
+    model.set_attention((LayerAttention(kind="moba", block_size=8, topk=2),) * 2)
+    assert np.abs(document_losses(model, tokens, context=32, device=CPU) - full).max() > 0.01
+
+
+# Sums
+
+
+@QUICK
+@given(lengths=st.lists(st.integers(2, 300), min_size=1, max_size=8), seed=st.integers(0, 99))
+def test_buckets_hold_each_token_once(lengths, seed):
+    rng = np.random.default_rng(seed)
+    losses = [rng.random(length - 1) for length in lengths]
+    scores = Scores()
+    for values in losses:
+        scores.add(values, text_bytes=3 * len(values))
+    nats, tokens = sum(values.sum() for values in losses), sum(map(len, losses))
+    assert (scores.tokens, scores.text_bytes) == (tokens, 3 * tokens)
+    assert scores.loss == pytest.approx(nats / tokens)
+    assert scores.bits_per_byte == pytest.approx(nats / math.log(2) / (3 * tokens))
+    assert scores.perplexity == pytest.approx(math.exp(nats / tokens))
+    for buckets in (scores.by_position, scores.by_length):
+        assert sum(bucket.tokens for bucket in buckets.values()) == tokens
+        assert sum(bucket.nats for bucket in buckets.values()) == pytest.approx(nats)
+    for low, bucket in scores.by_position.items():
+        inside = [values[low - 1 : 2 * low - 1] for values in losses if len(values) >= low]
+        assert (bucket.low, bucket.high, bucket.documents) == (low, 2 * low, len(inside))
+        assert bucket.loss == pytest.approx(np.concatenate(inside).mean())
+    for low, bucket in scores.by_length.items():
+        assert bucket.documents == sum(low <= length < 2 * low for length in lengths)
+
+
+# Documents
+
+
+def make_corpus(folder: Path, *, vocab_size: int = 384, heldout_fraction: float = 0.2) -> Path:
+    """Eighty short texts under a sentencepiece model of their own, the same for the same vocabulary."""
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(make_texts(60, seed=9), vocab_size=vocab_size))
+    config = DataConfig(
+        prepared_dir=str(folder / "corpus"),
+        sources=(SourceConfig(name="lines", format=SourceFormat.JSONL, path=str(write_jsonl(folder / "a.jsonl", make_texts(80)))),),
+        tokenizer=TokenizerConfig(kind=TokenizerKind.SENTENCEPIECE, path=str(folder / "tokenizer.model")),
+        heldout_fraction=heldout_fraction,
+        num_workers=1,
+    )
+    prepare(config)
+    return folder / "corpus"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("evaluate") / "texts")
+
+
+def select(corpus: Path, **changes: Any) -> list:
+    return choose_documents(Corpus.open(corpus), EvaluateConfig(checkpoint="none", data=DataConfig(prepared_dir=str(corpus)), **changes))
+
+
+def test_the_longest_documents_are_chosen(corpus):
+    lengths = Corpus.open(corpus).split("heldout").lengths
+    everything = select(corpus, max_documents=0)
+    assert [document.number for document in everything] == sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
+    assert [document.number for document in select(corpus, max_documents=3)] == [document.number for document in everything[:3]]
+    middle = int(np.median(lengths))
+    assert all(len(document.tokens) >= middle for document in select(corpus, max_documents=0, min_document_tokens=middle))
+
+
+@pytest.mark.parametrize("limit", range(2, 60, 3))
+def test_a_cut_document_counts_the_bytes_of_its_whole_characters(corpus, limit):
+    opened = Corpus.open(corpus)
+    for document in select(corpus, max_document_tokens=limit, max_documents=0):
+        whole = opened.tokenizer.decode(opened.split("heldout").tokens(document.number)).encode()
+        assert document.is_cut == (limit < opened.split("heldout").lengths[document.number])
+        assert len(document.tokens) <= limit
+        spelt = opened.tokenizer.decode(document.tokens).rstrip("\ufffd")
+        assert whole[: document.text_bytes].decode() == spelt if document.is_cut else document.text_bytes == len(whole)
+
+
+# A checkpoint
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, corpus) -> dict[int, Path]:
+    """A run of two steps for each ZeRO stage, all in one process of their own."""
+    root = tmp_path_factory.mktemp("runs")
+    folders = {stage: root / f"zero{stage}" for stage in STAGES}
+    more = ["stages.0.tokens=1024", "evaluation.rows=0", "optim.lr=0.01"]
+    jobs = [{"overrides": overrides(corpus, folders[s], f"parallel=zero{s}", *more), "kill_in_step": None} for s in STAGES]
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "tests.train.driver", str(root / "jobs.json")]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folders
+
+
+@pytest.fixture(scope="module")
+def asked(corpus, runs, tmp_path_factory) -> Callable[..., EvaluateConfig]:
+    """An EvaluateConfig of the ZeRO-1 run; arguments are overrides as on the command line."""
+    output = tmp_path_factory.mktemp("output")
+
+    def make(*more: str) -> EvaluateConfig:
+        places = [f"checkpoint={runs[1]}", f"data.prepared_dir={corpus}", f"output_dir={output}"]
+        plain = ["contexts=[16,128]", "device=cpu", "max_documents=4"]
+        return compose(EvaluateConfig, config_name="evaluate", overrides=[*places, *plain, *more])
+
+    return make
+
+
+def figures_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in result.items() if "second" not in key} for result in report["results"]]
+
+
+def test_the_report_is_complete_and_the_same_again(asked, tmp_path, corpus, runs):
+    config = asked(f"output_dir={tmp_path}/new/folder", 'attentions=["full","moba","moba(32, 2)","last 1 full, rest moba(8, 2)"]')
+    report = evaluate(config)
+    folder = tmp_path / "new" / "folder"
+    assert sorted(path.name for path in folder.iterdir()) == ["evaluation.json", "evaluation.md", "position.png"]
+    assert json.loads((folder / "evaluation.json").read_text()) == report
+    assert (folder / "position.png").read_bytes().startswith(b"\x89PNG")
+
+    settings = ["full", "moba(32, 2)", "last 1 full, rest moba(8, 2)"]  # a bare moba is the trained moba(32, 2), once
+    assert [(r["attention"], r["context"]) for r in report["results"]] == [(a, c) for a in settings for c in (16, 128)]
+    assert report["results"][-1]["layers"] == ["moba(8, 2)", "full"]
+    assert (report["step"], report["trained_context"], report["trained_attention"]) == (2, 128, "moba(32, 2)")
+    assert report["checkpoint"] == str(runs[1] / "checkpoints" / "step_00000002")
+    assert report["launch"]["packages"]["torch"] and report["training"]["config"]["seed"] == 0
+    tokens = sum(sorted(Corpus.open(corpus).split("heldout").lengths)[-4:]) - 4
+    for result in report["results"]:
+        assert result["tokens"] == tokens == report["documents"]["scored_tokens"]
+        assert 2 < result["loss"] < math.log(512) + 1
+        assert sum(bucket["tokens"] for bucket in result["by_position"]) == tokens
+
+    text = (folder / "evaluation.md").read_text()
+    for words in [*settings, "bits per byte", "64 to 127", "position.png", "step 2", f"{report['results'][0]['loss']:.4f}"]:
+        assert words in text
+    assert figures_of(evaluate(config)) == figures_of(report)
+
+
+def test_every_zero_stage_loads_and_the_trained_attention_is_the_default(asked, runs):
+    found = {stage: evaluate(asked(f"checkpoint={runs[stage]}", "output_dir=''", "contexts=[64]")) for stage in STAGES}
+    for stage, report in found.items():
+        assert report["output_dir"] == str(runs[stage] / "evaluation")
+        assert [result["attention"] for result in report["results"]] == ["moba(32, 2)"]
+        assert report["results"][0]["loss"] == pytest.approx(found[0]["results"][0]["loss"], abs=1e-3)
+        assert report["results"][0]["loss"] < math.log(512) - 0.1  # trained weights, not fresh ones
+
+
+def test_cut_documents_and_bf16(asked):
+    report = evaluate(asked("precision=bf16", "max_document_tokens=50", "contexts=[16]"))
+    whole = evaluate(asked("max_document_tokens=50", "contexts=[16]"))
+    assert report["documents"]["cut"] == 4 and report["documents"]["scored_tokens"] == 4 * 49
+    assert report["results"][0]["loss"] == pytest.approx(whole["results"][0]["loss"], abs=0.02)
+    assert report["results"][0]["loss"] != whole["results"][0]["loss"]
+    assert "scored up to there" in (Path(report["output_dir"]) / "evaluation.md").read_text()
+
+
+def test_the_command_prints_the_table_and_the_files(asked, runs, corpus, capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    arguments = [f"checkpoint={runs[1]}", f"data.prepared_dir={corpus}", "contexts=[16]", "max_documents=2", "device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+    door.main()
+    printed = capsys.readouterr().out
+    assert "| moba(32, 2) |      16 |" in printed and f"{runs[1]}/evaluation/evaluation.md" in printed
+    monkeypatch.setattr(sys, "argv", ["evaluate", "contexts=[16]"])
+    with pytest.raises(SystemExit) as ended:
+        door.main()
+    assert ended.value.code == 2 and "checkpoint='': must be a run folder" in capsys.readouterr().err
+
+
+# Mistakes
+
+
+def refused(config: Callable[[], EvaluateConfig]) -> str:
+    with pytest.raises(ConfigError) as refusal:
+        evaluate(config())
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+def test_mistakes_are_named_before_the_work(asked, tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr(door, "load_weights", lambda *arguments, **named: pytest.fail("the work began"))
+    (tmp_path / "file").write_text("")
+    other = make_corpus(tmp_path / "other", vocab_size=400)
+    no_heldout = make_corpus(tmp_path / "no_heldout", heldout_fraction=0.0)
+    hashes = [Corpus.open(folder).tokenizer_hash for folder in (corpus, other)]
+    longest = Corpus.open(corpus).split("heldout").lengths.max()
+    mistakes = {
+        f"checkpoint={tmp_path}/none": [f"checkpoint={tmp_path}/none: no such checkpoint or run folder"],
+        "contexts=[16,513]": ["contexts=513", "model.max_seq_len=512"],
+        "contexts=[0]": ["contexts=0", "at least 1"],
+        f"data.prepared_dir={other}": [str(other), *hashes],
+        f"data.prepared_dir={no_heldout}": [f"data.prepared_dir={no_heldout}: has no held-out documents"],
+        f"data.prepared_dir={tmp_path}/none": ["no prepared corpus there"],
+        "min_document_tokens=100000": ["min_document_tokens=100000", f"longest has {longest} tokens"],
+        "max_document_tokens=1": ["max_document_tokens=1", "at least 2"],
+        'attentions=["full","mobba"]': ["attentions.1", "'mobba'", "accepted: full, moba, moba(BLOCK_SIZE, TOPK)"],
+        'attentions=["last 1 full"]': ["attentions.0", "layers [0] of 2"],
+        f"output_dir={tmp_path}/file": [f"output_dir={tmp_path}/file: is a file"],
+        f"output_dir={tmp_path}/file/below": [f"output_dir={tmp_path}/file/below: cannot be made"],
+    }
+    for override, wanted in mistakes.items():
+        message = refused(lambda override=override: asked(override))
+        assert all(words in message for words in wanted), message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "no_heldout", "other"]
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(asked, runs, tmp_path):
+    copy = tmp_path / "step_00000002"
+    shutil.copytree(runs[1] / "checkpoints" / "step_00000002", copy)
+    assert "lies in no run folder" in refused(lambda: asked(f"checkpoint={copy}", "output_dir=''"))
+    with (copy / "state.json").open("a") as file:
+        file.write(" ")
+    message = refused(lambda: asked(f"checkpoint={copy}"))
+    assert message.startswith(f"checkpoint={copy}: is damaged: state.json has")
+
+
+def test_losses_that_are_not_finite_and_a_full_disk_leave_nothing(asked, tmp_path, monkeypatch):
+    config = asked(f"output_dir={tmp_path}", "contexts=[16]", "max_documents=1")
+    with monkeypatch.context() as patched:
+        patched.setattr(door, "load_weights", lambda *a, **n: {key: value * math.nan for key, value in load_weights(*a, **n).items()})
+        assert "losses are not finite under moba(32, 2) at context 16" in refused(lambda: config)
+
+    def full_disk(path: Path, text: str) -> None:
+        path.with_name(f".{path.name}.partial").write_text(text[:9])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(door, "write_atomically", full_disk)
+    assert "could not be written (No space left on device)" in refused(lambda: config)
+    assert [path.name for path in tmp_path.iterdir()] == ["position.png"]  # whole; evaluation.json would say that all is there
+
+
+# Figures
+
+
+def test_figures_take_single_points_infinite_values_and_cut_files(tmp_path):
+    bucket = {"low": 1, "high": 2, "perplexity": 9.0}
+    plot_positions(tmp_path / "a.png", {"one": [bucket], "none": [bucket | {"perplexity": None}]})
+    plot_positions(tmp_path / "b.png", {f"{n}": [bucket | {"low": 1 << i, "high": 2 << i} for i in range(6)] for n in range(9)})
+    lines = [
+        {"step": 1, "loss": 3.0, "tokens": 512},
+        {"event": "evaluation", "step": 1, "heldout_loss": 3.1},
+        {"step": 2, "loss": None, "tokens": 1024},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 3, "lo')
+    (tmp_path / "empty.jsonl").write_text("")
+    plot_losses(tmp_path / "c.png", {"run": tmp_path / "metrics.jsonl", "begun": tmp_path / "empty.jsonl"})
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in "abc")
+    assert [short_count(n) for n in (1, 512, 1024, 1536, 131072, 1 << 20)] == ["1", "512", "1K", "1536", "128K", "1M"]

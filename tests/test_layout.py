@@ -1,0 +1,78 @@
+"""The shape of the repository: rooms, one-way imports, and the traps that a name can set."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.train.helpers import execute
+
+ROOT = Path(__file__).parent.parent
+TOP = {"train", "model", "data", "configs", "scripts", "tests", "docs", "requirements.txt", "README.md", "LICENSE", "pyproject.toml"}
+ROOMS = ("configs", "data", "model", "train", "scripts", "tests")
+# Names that would shadow, or be shadowed by, something installed.
+TRAPS = {"logging", "types", "datasets", "profile", "queue", "tokenize", "random", "wandb", "triton", "deepspeed", "hydra"}
+
+
+def _tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    return [Path(line) for line in listed.stdout.splitlines()]
+
+
+def test_the_top_level_is_fixed():
+    assert {path.parts[0] for path in _tracked() if not path.parts[0].startswith(".")} <= TOP
+
+
+def test_every_folder_of_code_is_a_package():
+    folders = {path.parent for path in _tracked() if path.suffix == ".py"}
+    assert [str(folder) for folder in folders if not (ROOT / folder / "__init__.py").is_file()] == []
+
+
+def test_no_module_has_a_name_that_shadows():
+    assert [str(path) for path in _tracked() if path.suffix == ".py" and (path.stem in TRAPS or set(path.parts[:-1]) & TRAPS)] == []
+
+
+def test_ignore_patterns_hide_no_source():
+    hidden = subprocess.run(["git", "check-ignore", *(f"{room}/x.py" for room in ROOMS)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert hidden.stdout == ""
+
+
+def test_imports_go_one_way():
+    done = subprocess.run([Path(sys.executable).with_name("lint-imports")], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_ruff_is_content():
+    done = subprocess.run([Path(sys.executable).with_name("ruff"), "check", "--no-cache", "."], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+# --- the program as it is typed --------------------------------------------------------------------------------------------------------
+
+
+def test_a_mistake_ends_in_one_line_and_status_2(tmp_path):
+    done = execute([sys.executable, "-m", "train.main", "model.hiden_size=5", f"run_dir={tmp_path / 'run'}"])
+    assert (done.returncode, done.stderr) == (2, "error: model.hiden_size: no such key, did you mean 'model.hidden_size'?\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_is_hydras():
+    done = execute([sys.executable, "-m", "train.main", "--help"])
+    assert done.returncode == 0 and "train.main" in done.stdout and "optim:" in done.stdout
+
+
+def test_started_by_its_path_from_another_folder_it_works(tmp_path):
+    arguments = ["experiment=quickstart", f"data.prepared_dir={tmp_path / 'none'}", f"run_dir={tmp_path / 'run'}"]
+    done = execute([sys.executable, str(ROOT / "train" / "main.py"), *arguments], cwd=tmp_path)
+    assert done.returncode == 2 and "scripts.prepare_data" in done.stderr and "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_gpu_that_is_not_there_is_refused(tmp_path):
+    done = execute([sys.executable, "-m", "train.main", "device=cuda", f"run_dir={tmp_path / 'run'}"])
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: device=cuda: rank 0 of this machine needs a GPU and torch sees 0")
