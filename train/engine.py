@@ -46,7 +46,8 @@ def deepspeed_config(parallel: ParallelConfig, optim: OptimConfig, num_parameter
     return {
         "train_micro_batch_size_per_gpu": parallel.micro_batch_rows,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optim.clip_norm,
+        # Without ZeRO the engine clips by itself, see `Engine._plain_step`.
+        "gradient_clipping": optim.clip_norm if parallel.zero_stage else 0.0,
         "zero_optimization": {
             "stage": parallel.zero_stage,
             "reduce_bucket_size": bucket,
@@ -89,6 +90,7 @@ class Engine:
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self._ranks = ranks
         self._stage = parallel.zero_stage
+        self._clip_norm = optim.clip_norm
         self._engine, self._optimizer, _, _ = _deepspeed(ranks.device).initialize(
             model=model,
             optimizer=build_optimizer(model, optim),
@@ -131,13 +133,15 @@ class Engine:
 
     def _plain_step(self) -> StepResult:
         # Without ZeRO, fp32 DeepSpeed neither reports a norm nor skips: gradients are whole on every rank, so we see to it.
-        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        skipped = not torch.isfinite(torch.tensor(norm)).item()
+        parameters = list(self.module.parameters())
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        skipped = not bool(torch.isfinite(norm))
         if skipped:
             self.module.zero_grad(set_to_none=True)  # AdamW leaves a parameter without a gradient alone
+        elif self._clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
         self._engine.step()
-        return StepResult(grad_norm=norm, skipped=skipped)
+        return StepResult(grad_norm=float(norm), skipped=skipped)
 
     def save(self, directory: Path) -> None:
         """Writes weights and optimizer state under `directory`, every rank its part; returns when all ranks have."""
