@@ -7,6 +7,7 @@ are overrides of both training runs.
 import json
 import os
 import platform
+import shutil
 import signal
 import socket
 import subprocess
@@ -77,13 +78,15 @@ def _launch(arm: str, overrides: list[str], environment: dict[str, str]) -> subp
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    deepspeed = Path(sys.executable).with_name("deepspeed")
-    command = [str(deepspeed), "--module", "--no_local_rank", "--num_gpus", "1", "--master_port", str(port), "train.main"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the launcher starts `python`, which must be this one
+    deepspeed = shutil.which("deepspeed", path=path)
+    if deepspeed is None:
+        fail("deepspeed: no such command beside this Python or on PATH; bash scripts/setup.sh installs it")
+    command = [deepspeed, "--module", "--no_local_rank", "--num_gpus", "1", "--master_port", str(port), "train.main"]
     command += [*_arm_overrides(arm, overrides), "logging.progress=false"]
     _say("training: " + " ".join(["deepspeed", *command[1:]]))
     log = FOLDER / f"{arm}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    path = f"{deepspeed.parent}{os.pathsep}{os.environ['PATH']}"  # the launcher starts `python`, which must be this one
     with log.open("ab") as file:
         return subprocess.Popen(command, env=os.environ | environment | {"PATH": path}, stdout=file, stderr=file, start_new_session=True)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -74,13 +75,16 @@ def launch(arguments: list[str], *, num_ranks: int, timeout: float = 240) -> sub
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--module", "--no_local_rank", "--num_gpus", str(num_ranks)]
+    launcher = [shutil.which("deepspeed", path=_path()) or "deepspeed", "--module", "--no_local_rank", "--num_gpus", str(num_ranks)]
     return execute([*launcher, "--master_port", str(port), *arguments], timeout=timeout)
 
 
 def execute(command: list[str], *, timeout: float = 240, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
     """A command from the repository root with this interpreter's environment, without a GPU."""
     inherited = {key: value for key, value in os.environ.items() if key not in _OF_A_LAUNCH}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = inherited | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PATH": path}
+    environment = inherited | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PATH": _path()}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def _path() -> str:
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -40,13 +40,13 @@ def copied(finished, tmp_path) -> Path:
 
 
 def test_loss_falls_on_real_text(corpus, ranks, tmp_path):
-    size = ("stages.0.tokens=100_000", "stages.0.batch_tokens=1024", "parallel.micro_batch_rows=8")
+    size = ("stages.0.tokens=300_000", "stages.0.batch_tokens=1024", "parallel.micro_batch_rows=8")
     run = make_run(corpus, tmp_path / "run", *size, "optim.lr=4e-3", "evaluation.every_steps=0")
     train(run, ranks)
     losses = [loss for _, loss, _ in steps(tmp_path / "run")]
     assert losses[0] == pytest.approx(6.24, abs=0.2)  # ln 512: nothing is known at the start
     heldout_loss = events(tmp_path / "run", "evaluation")[-1]["heldout_loss"]
-    assert heldout_loss < 4.9
+    assert heldout_loss < 4.5
     assert heldout_loss < _unigram_entropy(Corpus.open(corpus)) - 0.5  # it has learnt more than how often each token occurs
 
 
