@@ -1,29 +1,21 @@
-"""The training loop: `train` sets a run up and reads as its story, `_Steps` is one optimizer step after the other."""
+"""The training loop: set up, go from step to step, evaluate and save when due, stop when done or told to."""
 
 import signal
 import sys
-import time
 from pathlib import Path
 
-import torch
-
 from configs.checks import check_vocabulary
-from configs.registry import to_mapping
-from configs.schema import ConfigError, RunConfig, StageConfig
-from data.loader import Batch, build_loader, heldout_rows
+from configs.schema import RunConfig
 from data.shards import Corpus
-from model.accounting import training_flops
 from model.init import initialise
 from model.transformer import Transformer
 from train import checkpoint
-from train.checkpoint import TrainingState
-from train.distributed import Ranks, gather_objects, on_main, sum_over_ranks
+from train.distributed import Ranks, on_main, sum_over_ranks
 from train.engine import Engine
-from train.evaluate import heldout_loss
-from train.metrics import Metrics, memory_gib, peak_flops
-from train.optim import learning_rate
-from train.run_dir import check_run_dir, git_state, open_run_dir
-from train.stages import Place, place_of
+from train.metrics import Metrics
+from train.run_dir import check_run_dir, open_run_dir
+from train.stages import place_of
+from train.trainer import Trainer, dry_run
 
 
 class _Interrupt:
@@ -57,16 +49,17 @@ def train(run: RunConfig, ranks: Ranks) -> None:
     engine = Engine(model, parallel=run.parallel, optim=run.optim, ranks=ranks)
     if found:
         checkpoint.restore(found, engine, ranks)
-    _dry_run(run, engine, ranks)
+    dry_run(run, engine, ranks)
 
     folder = on_main(ranks, lambda: open_run_dir(run, world_size=ranks.world_size))
     with Metrics(run, folder, first_step=first_step, is_main=ranks.is_main) as metrics:
         if found:
             metrics.event("resume", first_step, checkpoint=str(found))
         trainer = Trainer(run, ranks, corpus, engine, metrics, state)
-        while trainer.done < run.total_steps:
+        end = min(run.total_steps, run.max_steps or run.total_steps)
+        while trainer.done < end:
             trainer.step()
-            last = trainer.done in (run.total_steps, run.max_steps) or _on_any_rank(interrupt.seen, ranks)
+            last = trainer.done == end or _on_any_rank(interrupt.seen, ranks)
             if last or _due(trainer.done, run.evaluation.every_steps):
                 trainer.evaluate()
             if last or _due(trainer.done, run.checkpoint.every_steps):
@@ -82,158 +75,3 @@ def _due(step: int, every: int) -> bool:
 
 def _on_any_rank(flag: bool, ranks: Ranks) -> bool:
     return sum_over_ranks([float(flag)], ranks.device)[0] > 0
-
-
-class Trainer:
-    """The state that moves with each optimizer step: place in the run, stream, counters."""
-
-    def __init__(
-        self, run: RunConfig, ranks: Ranks, corpus: Corpus, engine: Engine, metrics: Metrics, state: TrainingState | None
-    ) -> None:
-        self.run, self.ranks, self.corpus, self.engine, self.metrics = run, ranks, corpus, engine, metrics
-        self.done = state.step if state else 0
-        self.skipped = state.skipped if state else 0
-        self.skipped_in_a_row = state.skipped_in_a_row if state else 0
-        self._stream_state = state.stream if state else None
-        self._enter(place_of(run, max(self.done - 1, 0)).stage)  # of the last finished step: a switch is still ahead
-
-    def _enter(self, stage: StageConfig) -> None:
-        """Sets model and stream to a stage; weights, optimizer and the place in the corpus stay."""
-        model = self.engine.module
-        model.backend = stage.attention.backend.value
-        model.set_attention(stage.attention.per_layer(self.run.model.num_layers))
-        model.set_rope(stage.rope)
-        self.stage = stage
-        self.loader = build_loader(
-            self.corpus,
-            seq_len=stage.seq_len,
-            rows_per_step=stage.rows,
-            micro_batch_rows=self.run.parallel.micro_batch_rows,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            seed=self.run.seed,
-            state=self._stream_state,
-        )
-        self._heldout: list[Batch] = []
-        if self.run.evaluation.rows:
-            self._heldout = heldout_rows(
-                self.corpus, seq_len=stage.seq_len, rows=self.run.evaluation.rows, rank=self.ranks.rank, world_size=self.ranks.world_size
-            )
-
-    def step(self) -> None:
-        """One optimizer step and its line of metrics; a step with a non-finite loss or gradient is skipped and named."""
-        place = place_of(self.run, self.done)
-        if place.is_switch:
-            self._switch(place)
-        started = time.perf_counter()
-        batches = self.loader.next_step()
-        data_wait = time.perf_counter() - started
-
-        weight = self.ranks.world_size / batches[0].step_targets
-        losses = [
-            self.engine.micro_step(batch.to(self.ranks.device), weight=weight, last=batch is batches[-1]) for batch in batches
-        ]
-        tokens = place.tokens_before + self.stage.batch_tokens
-        lr = self.stage.lr_scale * learning_rate(self.run.optim, tokens, self.run.total_tokens)
-        result = self.engine.step(lr)
-
-        flops = training_flops(self.run.model, self.engine.module.attention, _piece_lengths(batches))
-        loss, dense, executed = sum_over_ranks([float(sum(losses)), flops.dense_equivalent, flops.executed], self.ranks.device)
-        loss /= batches[0].step_targets
-        self.done += 1
-        self._stream_state = self.loader.state_dict()
-        self._count_skips(result.skipped, loss, batches)
-        seconds = time.perf_counter() - started
-        peak = peak_flops(self.ranks.device)
-        utilised = peak * self.ranks.world_size * seconds if peak else None
-        self.metrics.step(
-            {
-                "step": self.done,
-                "loss": loss,
-                "lr": lr,
-                "grad_norm": result.grad_norm,
-                "tokens": tokens,
-                "stage": self.stage.name,
-                "context": self.stage.seq_len,
-                "tokens_per_second": self.stage.batch_tokens / seconds,
-                "flops_executed_per_second": executed / seconds,
-                "mfu_dense_equivalent": dense / utilised if utilised else None,
-                "mfu_executed": executed / utilised if utilised else None,
-                "memory_gib": memory_gib(self.ranks.device),
-                "skipped_steps": self.skipped,
-                "data_wait": data_wait / seconds,
-                "step_seconds": seconds,
-            }
-        )
-
-    def _count_skips(self, skipped: bool, loss: float, batches: list[Batch]) -> None:
-        if not skipped:
-            self.skipped_in_a_row = 0
-            return
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        mine = sorted({origin.document for batch in batches for origin in batch.documents})
-        documents = sorted({document for part in gather_objects(mine) for document in part})
-        self.metrics.event("skipped", self.done, loss=loss, in_a_row=self.skipped_in_a_row, documents=documents)
-        if self.skipped_in_a_row >= self.run.max_skipped_in_a_row:
-            raise ConfigError(
-                f"max_skipped_in_a_row={self.run.max_skipped_in_a_row}: that many steps in a row up to step {self.done} had a non-finite "
-                f"loss or gradient; the last one held training documents {documents[:20]}"
-            )
-
-    def _switch(self, place: Place) -> None:
-        """Enters the next stage; the loss on either side of it is of the same held-out rows, those of the stage before."""
-        rows = self._heldout
-        before = heldout_loss(self.engine, rows, self.ranks) if rows else None
-        self._enter(place.stage)
-        after = heldout_loss(self.engine, rows, self.ranks) if rows else None
-        self.metrics.event("switch", self.done, stage=place.stage.name, loss_before=before, loss_after=after)
-
-    def evaluate(self) -> float | None:
-        """Loss on the held-out rows, written as an `evaluation` event; None where evaluation is off."""
-        if not self._heldout:
-            return None
-        loss = heldout_loss(self.engine, self._heldout, self.ranks)
-        self.metrics.event("evaluation", self.done, heldout_loss=loss, context=self.stage.seq_len)
-        return loss
-
-    def state(self) -> TrainingState:
-        """What a checkpoint after the last step keeps besides tensors."""
-        return TrainingState(
-            step=self.done,
-            stream=self.loader.state_dict(),
-            skipped=self.skipped,
-            skipped_in_a_row=self.skipped_in_a_row,
-            world_size=self.ranks.world_size,
-            tokenizer_hash=self.corpus.tokenizer_hash,
-            config=to_mapping(self.run),
-            git=git_state(),
-        )
-
-
-def _piece_lengths(batches: list[Batch]) -> list[int]:
-    return [length for batch in batches for length in batch.cu_seqlens.diff().tolist()]
-
-
-def _dry_run(run: RunConfig, engine: Engine, ranks: Ranks) -> None:
-    """One synthetic micro-batch of the longest rows with weight 0, before anything is written: memory trouble shows now, not at night."""
-    stage = max(run.stages, key=lambda stage: stage.seq_len)
-    shape = (run.parallel.micro_batch_rows, stage.seq_len)
-    tokens = torch.arange(shape[0] * shape[1]).reshape(shape) % run.model.vocab_size
-    batch = Batch(
-        tokens=tokens,
-        labels=tokens,
-        positions=torch.arange(stage.seq_len).expand(shape),
-        cu_seqlens=torch.arange(0, tokens.numel() + 1, stage.seq_len, dtype=torch.int32),
-        max_length=stage.seq_len,
-        documents=(),
-        num_targets=tokens.numel(),
-        step_targets=tokens.numel() * ranks.world_size,
-    )
-    try:
-        engine.micro_step(batch.to(ranks.device), weight=0.0, last=False)
-    except torch.cuda.OutOfMemoryError:
-        raise ConfigError(
-            f"parallel.micro_batch_rows={shape[0]}: rows of seq_len={stage.seq_len} do not fit in this GPU's memory "
-            f"({memory_gib(ranks.device):.1f} GiB were in use); fewer rows, shorter rows, a higher ZeRO stage or bf16 would help"
-        ) from None

@@ -65,9 +65,11 @@ class _JsonLines:
 
 def _is_before(line: str, first_step: int) -> bool:
     try:
-        return json.loads(line)["step"] <= first_step
+        values = json.loads(line)
     except ValueError:  # the line that a kill cut short
         return False
+    # A switch comes after the checkpoint of its step, so the resumed run passes it, and writes it, once more.
+    return values["step"] < first_step or (values["step"] == first_step and values.get("event") != "switch")
 
 
 class _Terminal:

@@ -101,6 +101,7 @@ def test_a_resume_at_the_step_of_a_switch_goes_on_to_the_bit(corpus, ranks, tmp_
     train(replace(run, run_dir=str(tmp_path / "broken"), max_steps=4), ranks)
     train(replace(run, run_dir=str(tmp_path / "broken")), ranks)
     assert steps(tmp_path / "broken") == steps(tmp_path / "whole")
+    assert events(tmp_path / "broken", "switch") == events(tmp_path / "whole", "switch")
     assert [line["context"] for line in lines(tmp_path / "whole") if "event" not in line] == [128] * 4 + [256] * 4
 
 
@@ -304,3 +305,32 @@ def test_a_missing_corpus_names_the_command(ranks, tmp_path):
 def test_first_difference_names_the_leaf():
     assert run_dir.first_difference({"a": [{"b": 1}]}, {"a": [{"b": 2}]}, "x") == ("x.a.0.b", 1, 2)
     assert run_dir.first_difference({"a": 1}, {"a": 1}, "x") is None
+
+
+# --- figures -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_wandb_offline_and_tensorboard_get_the_figures(corpus, ranks, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(make_run(corpus, tmp_path / "run", "logging.wandb=true", "logging.tensorboard=true", "max_steps=2"), ranks)
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events_read = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events_read.Reload()
+    assert [round(point.value, 4) for point in events_read.Scalars("loss")] == [round(loss, 4) for _, loss, _ in steps(tmp_path / "run")]
+    assert "evaluation/heldout_loss" in events_read.Tags()["scalars"]
+
+
+def test_a_terminal_gets_lines(corpus, ranks, tmp_path, capfd):
+    train(make_run(corpus, tmp_path / "run", "logging.progress=true", "logging.every_steps=2", "max_steps=4"), ranks)
+    shown = capfd.readouterr().err
+    assert [line.split()[1] for line in shown.splitlines() if line.startswith("step ")] == ["2", "4"]
+    assert "event=evaluation step=4 heldout_loss=" in shown
+
+
+def test_max_steps_is_where_a_run_stops_and_stays(corpus, ranks, tmp_path):
+    for _ in range(2):
+        train(make_run(corpus, tmp_path / "run", "max_steps=3"), ranks)
+    assert [step for step, _, _ in steps(tmp_path / "run")] == [1, 2, 3]
