@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import hydra
 import yaml
@@ -26,11 +26,14 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from configs.schema import AttentionConfig, ConfigError, RopeConfig, RunConfig
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 CONFIG_DIR = Path(__file__).parent
 REPOSITORY = CONFIG_DIR.parent
 # Keys of the composed mapping that stages refer to as ${attention} and ${rope}; they are not fields of the run itself.
-_SHARED = {RunConfig: {"attention": AttentionConfig, "rope": RopeConfig}}
+_SHARED: dict[type, dict[str, type]] = {RunConfig: {"attention": AttentionConfig, "rope": RopeConfig}}
 
 
 def to_mapping(config: object) -> Any:
@@ -59,7 +62,7 @@ def from_mapping(schema: type[T], values: Mapping[str, Any], path: str = "") -> 
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{key}={value!r}: must be a mapping with keys {', '.join(item.name for item in fields(hint))}")
         return from_mapping(hint, value, f"{key}.")
@@ -88,7 +91,7 @@ def to_run(schema: type[T], config: DictConfig) -> T:
     if missing:
         key = re.sub(r"\[(\d+)\]", r".\1", missing[0])  # brackets would need quotes in a shell
         raise ConfigError(f"{key}: must be given; add {key}=VALUE")
-    values = OmegaConf.to_container(config, resolve=True)
+    values = typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     for key, shared in _SHARED.get(schema, {}).items():
         from_mapping(shared, values.pop(key), f"{key}.")
     return from_mapping(schema, values)
@@ -98,10 +101,10 @@ def _defaults(schema: type) -> dict[str, Any]:
     values = {key: _defaults(shared) for key, shared in _SHARED.get(schema, {}).items()}
     for item in fields(schema):
         nested = typing.get_type_hints(schema)[item.name]
-        if is_dataclass(nested):
+        if isinstance(nested, type) and is_dataclass(nested):
             values[item.name] = _defaults(nested)
         else:
-            values[item.name] = to_mapping(item.default if item.default is not MISSING else item.default_factory())
+            values[item.name] = to_mapping(item.default_factory() if item.default_factory is not MISSING else item.default)
     return values
 
 
@@ -112,7 +115,7 @@ def _keys(schema: type, prefix: str = "") -> list[str]:
         keys.append(f"{prefix}{name}")
         if typing.get_origin(hint) is tuple and is_dataclass(typing.get_args(hint)[0]):
             keys += _keys(typing.get_args(hint)[0], f"{prefix}{name}.0.")
-        elif is_dataclass(hint):
+        elif isinstance(hint, type) and is_dataclass(hint):
             keys += _keys(hint, f"{prefix}{name}.")
     return keys
 
@@ -146,9 +149,9 @@ def _explain(error: Exception, schema: type) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read as key=value ({lines[0]}); quote values with brackets or commas: 'key=\"...\"'"
-    group = re.search(r"Could not override '([^']+)'.*No match in the defaults list", lines[0])
-    if group:
-        return f"{group.group(1)}: no such key in this command{_nearest(group.group(1), accepted)}"
+    foreign = re.search(r"Could not override '([^']+)'.*No match in the defaults list", lines[0])
+    if foreign:
+        return f"{foreign.group(1)}: no such key in this command{_nearest(foreign.group(1), accepted)}"
     hint = "; quote a value that holds commas: 'key=\"a, b\"'" if lines[0].startswith("Ambiguous value") else ""
     return f"{lines[0]}{hint}" if error.__cause__ is None else f"{lines[0]}: {' '.join(str(error.__cause__).split())}"
 

@@ -81,7 +81,7 @@ def on_main(ranks: Ranks, work: Callable[[], T]) -> T:
             outcome = (work(), None)
         except ConfigError as error:
             outcome = (None, error)
-    result, error = from_main(outcome)
-    if error is not None:
-        raise error
+    result, mistake = from_main(outcome)
+    if mistake is not None:
+        raise mistake
     return result

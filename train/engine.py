@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from configs.schema import OptimConfig, ParallelConfig, Precision
 from data.loader import Batch
+from model.transformer import Transformer
 from train.distributed import Ranks
 from train.optim import build_optimizer
 
@@ -36,7 +36,7 @@ def _deepspeed(device: torch.device) -> ModuleType:
     import deepspeed
 
     # Only inference all-reduce uses this operator, and its first use compiles for half a minute.
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    setattr(sys.modules["deepspeed.comm.torch"], "build_shm_op", lambda: None)  # noqa: B010
     return deepspeed
 
 
@@ -86,7 +86,7 @@ class StepResult:
 class Engine:
     """A model and its optimizer under DeepSpeed: micro-steps, one optimizer step, save and load."""
 
-    def __init__(self, model: nn.Module, *, parallel: ParallelConfig, optim: OptimConfig, ranks: Ranks) -> None:
+    def __init__(self, model: Transformer, *, parallel: ParallelConfig, optim: OptimConfig, ranks: Ranks) -> None:
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self._ranks = ranks
         self._stage = parallel.zero_stage
@@ -99,7 +99,7 @@ class Engine:
         )
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Transformer:
         """The model itself; under ZeRO-3 its parameters are shards."""
         return self._engine.module
 

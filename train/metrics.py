@@ -122,7 +122,7 @@ class _Wandb:
         import wandb
 
         has_key = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").is_file()
-        mode = os.environ.get("WANDB_MODE", "online" if has_key else "offline")
+        mode: Any = os.environ.get("WANDB_MODE", "online" if has_key else "offline")
         identity = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()  # a resume goes on in the same curve
         self._run = wandb.init(
             project=run.logging.project, name=run.name, id=identity, resume="allow", mode=mode, dir=str(folder), config=to_mapping(run)

@@ -1,6 +1,7 @@
 """AdamW's parameter groups and the learning rate as a function of tokens."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,12 +24,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     Raises ValueError where a family named in `no_decay` exists in no model of ours, or nothing would be decayed
     although a decay is asked for: a group that matches nothing is a silent mistake otherwise.
     """
-    decayed, undecayed = [], []
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (undecayed if parameter_family(name, parameter) in config.no_decay else decayed).append(parameter)
     if config.weight_decay > 0 and not decayed:
         raise ValueError(f"weight_decay={config.weight_decay}: no parameter is left to decay after no_decay={config.no_decay}")
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": undecayed, "weight_decay": 0.0},
     ]
