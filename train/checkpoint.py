@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from configs.registry import from_mapping, to_mapping
 from configs.schema import CheckpointConfig, ConfigError, RunConfig
 from train.distributed import Ranks, from_main, gather_objects, on_main
 from train.engine import Engine
-from train.run_dir import first_difference, write_atomically
+from train.run_dir import CHECKPOINTS, DISK_FULL, first_difference, unwritable, write_atomically
+from train.stages import place_of
 
 _NAME = re.compile(r"^step_(\d{8})$")
 _PARTIAL = ".partial"
@@ -31,9 +33,11 @@ _PARTIAL = ".partial"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """Everything but tensors: `step` counts finished steps, `stream` is the loader's own state, `config` the resolved run."""
+    """Everything but tensors: `step` counts finished steps, `tokens` those trained on, `stream` is the loader's own state,
+    `config` the resolved run."""
 
     step: int
+    tokens: int
     stream: dict[str, Any]
     skipped: int
     skipped_in_a_row: int
@@ -43,8 +47,11 @@ class TrainingState:
     git: dict[str, Any]
 
     def run(self) -> RunConfig:
-        """The resolved config that the checkpoint was trained under."""
-        return from_mapping(RunConfig, self.config)
+        """The resolved config that the checkpoint was trained under. Raises ConfigError where this version refuses it."""
+        try:
+            return from_mapping(RunConfig, self.config)
+        except ConfigError as error:
+            raise ConfigError(f"the config in the checkpoint of step {self.step}: {error}") from None
 
 
 def save(root: Path, engine: Engine, state: TrainingState, config: CheckpointConfig, ranks: Ranks) -> Path:
@@ -63,29 +70,44 @@ def save(root: Path, engine: Engine, state: TrainingState, config: CheckpointCon
         if ranks.is_main:
             write_atomically(beside / "manifest.json", json.dumps({"step": state.step, "files": files}, indent=2) + "\n")
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
+        reason = "the disk is full" if _is_full(root, error) else " ".join(str(error).split())
         shutil.rmtree(beside, ignore_errors=True)
-        raise ConfigError(f"checkpoint of step {state.step} could not be written to {root} ({error}); {_newest_text(root)}") from error
-    if ranks.is_main:
-        if target.exists():  # a resumed run that comes by the same step again
-            shutil.rmtree(target)
-        beside.rename(target)
-        _sync_folder(root)
-        write_atomically(root / "latest", target.name + "\n")
-        _forget_old(root, config)
-    from_main(None)  # nobody goes on before the checkpoint is whole
+        told = ConfigError(f"checkpoint of step {state.step} could not be written to {root}: {reason}; {_newest_text(root)}")
+        if not ranks.is_main:  # rank 0 may learn no more than that this one is gone
+            print(f"error: rank {ranks.rank}: {told}", file=sys.stderr, flush=True)
+        raise told from error
+    on_main(ranks, lambda: _publish(root, beside, target, config))  # nobody goes on before the checkpoint is whole
     return target
 
 
+def _publish(root: Path, beside: Path, target: Path, config: CheckpointConfig) -> None:
+    try:
+        beside.rename(target)
+        _sync_folder(root)
+        write_atomically(root / "latest", target.name + "\n")
+    except OSError as error:
+        raise unwritable(f"checkpoint {target}", error) from None
+    _forget_old(root, config)
+
+
+def _is_full(root: Path, error: Exception) -> bool:
+    return (isinstance(error, OSError) and error.errno in DISK_FULL) or shutil.disk_usage(root).free < 2**20
+
+
 def _make_room(root: Path, beside: Path) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(f"{_PARTIAL}_*"):
-        shutil.rmtree(leftover)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(f"{_PARTIAL}_*"):
+            shutil.rmtree(leftover)
+        beside.mkdir()
+    except OSError as error:
+        raise unwritable(f"checkpoint {root}", error) from None
     newest = max(_steps(root), default=None)
     needed = sum(file.stat().st_size for file in _files(root / f"step_{newest:08d}")) if newest is not None else 0
     free = shutil.disk_usage(root).free
     if free < needed:
+        beside.rmdir()
         raise ConfigError(f"no room for a checkpoint in {root}: the last one takes {needed} bytes, {free} are free; {_newest_text(root)}")
-    beside.mkdir()
 
 
 def _newest_text(root: Path) -> str:
@@ -126,22 +148,32 @@ def _forget_old(root: Path, config: CheckpointConfig) -> None:
             shutil.rmtree(root / f"step_{step:08d}")
 
 
+def set_aside(root: Path, *, after: int) -> None:
+    """Renames the checkpoints of steps later than `after` to `damaged_step_…`: a run that goes on from `after` was refused
+    them, and they would push whole ones out."""
+    for step in _steps(root):
+        if step > after:
+            aside = root / f"damaged_step_{step:08d}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (root / f"step_{step:08d}").rename(aside)
+
+
 def verify(checkpoint: Path) -> None:
     """Raises ConfigError naming the first file that is missing, cut short or changed."""
     manifest = checkpoint / "manifest.json"
     if not manifest.is_file():
         raise ConfigError(f"{checkpoint}: is not a whole checkpoint (manifest.json is missing)")
     try:
-        entries = json.loads(manifest.read_text())["files"]
-    except (ValueError, KeyError):
-        raise ConfigError(f"{checkpoint}: is damaged: manifest.json cannot be read") from None
-    for name, entry in entries.items():
+        entries = {name: (entry["bytes"], entry["blake2b"]) for name, entry in json.loads(manifest.read_text())["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f"{checkpoint}: is damaged, or not a checkpoint: manifest.json cannot be read as one") from None
+    for name, (size, digest) in entries.items():
         path = checkpoint / name
         if not path.is_file():
             raise ConfigError(f"{checkpoint}: is damaged: {name} is missing")
-        if path.stat().st_size != entry["bytes"]:
-            raise ConfigError(f"{checkpoint}: is damaged: {name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
-        if _fingerprint(path)["blake2b"] != entry["blake2b"]:
+        if path.stat().st_size != size:
+            raise ConfigError(f"{checkpoint}: is damaged: {name} has {path.stat().st_size} bytes instead of {size}")
+        if _fingerprint(path)["blake2b"] != digest:
             raise ConfigError(f"{checkpoint}: is damaged: the checksum of {name} does not match")
 
 
@@ -166,27 +198,39 @@ def newest_valid(root: Path, say: Callable[[str], None]) -> Path | None:
 def choose(resume: str, root: Path, say: Callable[[str], None]) -> Path | None:
     """The checkpoint that `resume` (auto, never or a path) asks for; None starts anew. For rank 0.
 
-    Raises ConfigError for a damaged or missing path, offering the one before it, and for `never` over checkpoints.
+    A path is where a run begins: once it has checkpoints of its own under `root`, it goes on from the newest of them, so the
+    same command line may be launched again. Raises ConfigError for a damaged or missing path (offering the one before it), for a
+    path under `root` that later checkpoints follow (two histories in one folder), and for `never` over checkpoints.
     """
-    if resume == "auto":
-        return newest_valid(root, say)
     if resume == "never":
         if _steps(root):
             raise ConfigError(f"resume=never: {root} holds checkpoints; choose another run_dir, or resume=auto to go on")
         return None
-    return resolve(resume, say)
+    if resume == "auto":
+        return newest_valid(root, say)
+    given = resolve(resume, say)
+    own = newest_valid(root, say)
+    if own is None or own.samefile(given):
+        return given
+    if given.resolve().parent == root.resolve():
+        raise ConfigError(
+            f"resume={resume}: {own.name} comes after it in this run_dir; choose another run_dir for a branch, or move later ones away"
+        )
+    say(f"{root} holds checkpoints of this run: going on from {own.name}, not from resume={resume} where it began")
+    return own
 
 
 def resolve(path: str, say: Callable[[str], None]) -> Path:
-    """A checkpoint folder, or a run folder's newest valid checkpoint, with `say` told of damaged ones on the way.
+    """A checkpoint folder, or a run's newest valid checkpoint (its folder or `checkpoints` in it); `say` hears of damaged ones.
 
     Raises ConfigError for a path that is neither or is damaged, offering the whole checkpoint before it.
     """
     given = Path(path)
     if not given.is_dir():
         raise ConfigError(f"{path}: no such checkpoint or run folder")
-    if (given / "checkpoints").is_dir():
-        newest = newest_valid(given / "checkpoints", say)
+    folder = given if given.name == CHECKPOINTS else given / CHECKPOINTS
+    if folder.is_dir():
+        newest = newest_valid(folder, say)
         if newest is None:
             raise ConfigError(f"{path}: the run has no checkpoint yet")
         return newest
@@ -211,17 +255,22 @@ def _offer(damaged: Path) -> str:
 
 
 def read_state(checkpoint: Path) -> TrainingState:
-    """The state that lies in a verified checkpoint."""
-    return TrainingState(**json.loads((checkpoint / "state.json").read_text()))
+    """The state that lies in a verified checkpoint. Raises ConfigError where this version does not know its keys."""
+    try:
+        return TrainingState(**json.loads((checkpoint / "state.json").read_text()))
+    except TypeError as error:
+        raise ConfigError(f"{checkpoint / 'state.json'}: is of another version of this program ({error})") from None
 
 
 def check_fits(state: TrainingState, run: RunConfig, *, tokenizer_hash: str, ranks: Ranks) -> None:
-    """Raises ConfigError where the run cannot go on from a checkpoint: another model, tokenizer, ZeRO stage or number of ranks."""
+    """Raises ConfigError where the run cannot go on from a checkpoint: another model, tokenizer, ZeRO stage, number of ranks or
+    grouping of parameters, or other stages before its step than those it went through."""
     before = state.run()
     differences = [
         ("model", to_mapping(before.model), to_mapping(run.model)),
         ("parallel.zero_stage", before.parallel.zero_stage, run.parallel.zero_stage),
         ("parallel.precision", before.parallel.precision.value, run.parallel.precision.value),
+        ("optim.no_decay", sorted(before.optim.no_decay), sorted(run.optim.no_decay)),
         ("the number of ranks", state.world_size, ranks.world_size),
         ("the tokenizer's hash", state.tokenizer_hash, tokenizer_hash),
     ]
@@ -232,6 +281,12 @@ def check_fits(state: TrainingState, run: RunConfig, *, tokenizer_hash: str, ran
             raise ConfigError(f"resume={run.resume}: {where} is {old} in the checkpoint of step {state.step} and {new} here")
     if state.step > run.total_steps:
         raise ConfigError(f"resume={run.resume}: the checkpoint is of step {state.step}, the run has {run.total_steps} steps")
+    tokens = place_of(run, state.step).tokens_before
+    if state.tokens != tokens:
+        raise ConfigError(
+            f"resume={run.resume}: the checkpoint of step {state.step} has seen {state.tokens} tokens, these stages put {tokens} before "
+            "that step; keep the stages it went through and change those after it"
+        )
 
 
 def restore(checkpoint: Path, engine: Engine, ranks: Ranks) -> None:

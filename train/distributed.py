@@ -1,10 +1,14 @@
 """Ranks: who we are among the processes of a launch, and the few collectives the trainer needs (torch.distributed only)."""
 
+import atexit
+import contextlib
 import os
 import socket
+import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +16,7 @@ import torch.distributed as dist
 from configs.schema import ConfigError, Device
 
 T = TypeVar("T")
+_LAUNCHED_WITH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +46,19 @@ def choose_device(wanted: Device, local_rank: int = 0) -> torch.device:
 
 
 def find_ranks(wanted: Device) -> Ranks:
-    """Reads the launcher's environment; without one, sets it up as a single process with a free port."""
+    """Reads the launcher's environment; without one, sets it up as a single process with a free port.
+
+    Raises ConfigError where a launcher has set a part of it only, or a GPU is asked for and there is none.
+    """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ.update(alone)
+    missing = [name for name in _LAUNCHED_WITH if name not in os.environ]
+    if missing:
+        raise ConfigError(f"RANK={os.environ['RANK']}: is set but {', '.join(missing)} is not; unset it to train in one process")
     device = choose_device(wanted, int(os.environ["LOCAL_RANK"]))
     return Ranks(rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), device=device)
 
@@ -74,14 +85,41 @@ def from_main(value: Any) -> Any:
 
 
 def on_main(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0 alone and gives its result to all; a ConfigError there is raised on every rank."""
-    outcome: tuple[Any, ConfigError | None] = (None, None)
+    """Runs `work` on rank 0 alone and gives its result to all.
+
+    Whatever fails there ends every rank: a ConfigError is raised on all of them, since it is the user's and one line tells it;
+    of any other exception the others learn the text (RuntimeError), so that none waits for a rank that is gone.
+    """
+    result: Any = None
+    failure: Exception | None = None
     if ranks.is_main:
         try:
-            outcome = (work(), None)
-        except ConfigError as error:
-            outcome = (None, error)
-    result, mistake = from_main(outcome)
-    if mistake is not None:
-        raise mistake
+            result = work()
+        except Exception as error:
+            failure = error
+    shared = failure if failure is None or isinstance(failure, ConfigError) else RuntimeError(f"rank 0 failed: {failure!r}")
+    result, told = from_main((result, shared))
+    if told is not None:
+        raise failure or told
     return result
+
+
+def run_to_end(main: Callable[[], None]) -> NoReturn:
+    """Runs a program of several ranks and ends its process with the exit status that Python would give it.
+
+    The interpreter is not taken down: a gloo thread that is just letting go of the tensors of its last collective would be
+    killed inside a C++ destructor, and abort a process that had done all its work.
+    """
+    status: Any = 0
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed by the reader of a pipe
+            stream.flush()
+    os._exit(status if isinstance(status, int) else status is not None)

@@ -72,7 +72,7 @@ def processes(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()  # gloo's threads abort the interpreter at its end otherwise
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,9 +148,12 @@ class Engine:
         self._engine.save_checkpoint(str(directory), tag=_TAG, client_state={}, save_latest=False)
 
     def load(self, directory: Path) -> None:
-        """Restores what `save` wrote, at the same ZeRO stage and number of ranks."""
+        """Restores what `save` wrote, at the same ZeRO stage and number of ranks; the optimizer's settings stay those of its config."""
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in self._optimizer.param_groups]
         path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG)
         assert path is not None, f"DeepSpeed found nothing to load in {directory}"
+        for group, own in zip(self._optimizer.param_groups, settings, strict=True):
+            group.update(own)
 
 
 def load_weights(directory: Path, *, zero_stage: int) -> dict[str, torch.Tensor]:

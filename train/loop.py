@@ -1,5 +1,6 @@
 """The training loop: set up, go from step to step, evaluate and save when due, stop when done or told to."""
 
+import contextlib
 import signal
 import sys
 from pathlib import Path
@@ -13,17 +14,16 @@ from train import checkpoint
 from train.distributed import Ranks, on_main, sum_over_ranks
 from train.engine import Engine
 from train.metrics import Metrics
-from train.run_dir import check_run_dir, open_run_dir
-from train.stages import place_of
-from train.trainer import Trainer, dry_run
+from train.run_dir import CHECKPOINTS, own_run_dir, record_launch
+from train.trainer import Trainer, check_heldout, dry_run
 
 
 class _Interrupt:
-    """Remembers SIGTERM or SIGINT, so that the step in hand is finished and saved before the process ends."""
+    """Remembers SIGTERM, SIGINT or SIGHUP, so that the step in hand is finished and saved before the process ends."""
 
     def __init__(self) -> None:
         self.seen = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: object) -> None:
@@ -35,37 +35,46 @@ def train(run: RunConfig, ranks: Ranks) -> None:
     interrupt = _Interrupt()
     corpus = on_main(ranks, lambda: Corpus.open(run.data.prepared_dir))
     check_vocabulary(run, corpus=run.data.prepared_dir, vocab_size=corpus.vocab_size)
-    root = Path(run.run_dir) / "checkpoints"
-    on_main(ranks, lambda: check_run_dir(run))
+    check_heldout(run, corpus)
+    with contextlib.ExitStack() as held:
+        folder = on_main(ranks, lambda: held.enter_context(own_run_dir(run)))
+        _train(run, ranks, corpus, folder, interrupt)
+
+
+def _train(run: RunConfig, ranks: Ranks, corpus: Corpus, folder: Path, interrupt: _Interrupt) -> None:
+    root = folder / CHECKPOINTS
     found = on_main(ranks, lambda: checkpoint.choose(run.resume, root, lambda text: print(text, file=sys.stderr)))
     state = checkpoint.read_state(found) if found else None
     if state:
         checkpoint.check_fits(state, run, tokenizer_hash=corpus.tokenizer_hash, ranks=ranks)
-
     first_step = state.step if state else 0
-    stage = place_of(run, first_step).stage
-    model = Transformer(run.model, stage.attention.per_layer(run.model.num_layers), stage.rope, stage.attention.backend.value)
+
+    attention = run.stages[0].attention.per_layer(run.model.num_layers)
+    model = Transformer(run.model, attention, run.stages[0].rope, run.stages[0].attention.backend.value)
     initialise(model, run.model, run.seed)
     engine = Engine(model, parallel=run.parallel, optim=run.optim, ranks=ranks)
     if found:
         checkpoint.restore(found, engine, ranks)
-    dry_run(run, engine, ranks)
+    dry_run(run, engine, ranks, first_step)
+    trainer = Trainer(run, ranks, corpus, engine, state)
 
-    folder = on_main(ranks, lambda: open_run_dir(run, world_size=ranks.world_size))
+    on_main(ranks, lambda: record_launch(run, folder, ranks.world_size))
+    on_main(ranks, lambda: checkpoint.set_aside(root, after=first_step))
     with Metrics(run, folder, first_step=first_step, is_main=ranks.is_main) as metrics:
         if found:
             metrics.event("resume", first_step, checkpoint=str(found))
-        trainer = Trainer(run, ranks, corpus, engine, metrics, state)
         end = min(run.total_steps, run.max_steps or run.total_steps)
         while trainer.done < end:
-            trainer.step()
-            last = trainer.done == end or _on_any_rank(interrupt.seen, ranks)
-            if last or _due(trainer.done, run.evaluation.every_steps):
-                trainer.evaluate()
-            if last or _due(trainer.done, run.checkpoint.every_steps):
+            trainer.step(metrics)
+            interrupted, ended = _on_any_rank(interrupt.seen, ranks), trainer.done == end
+            # An interrupted run has seconds left: it saves, and leaves the evaluation.
+            if not interrupted and (ended or _due(trainer.done, run.evaluation.every_steps)):
+                trainer.evaluate(metrics)
+            # A run in trouble would push its good checkpoints out by bad ones.
+            if interrupted or ended or (_due(trainer.done, run.checkpoint.every_steps) and not trainer.skipped_in_a_row):
                 path = checkpoint.save(root, engine, trainer.state(), run.checkpoint, ranks)
                 metrics.event("checkpoint", trainer.done, path=str(path))
-            if last:
+            if interrupted:
                 break
 
 

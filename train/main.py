@@ -13,7 +13,7 @@ if not __package__:  # started by its path: the folder of this file would shadow
 from configs.checks import check_run
 from configs.registry import command
 from configs.schema import RunConfig
-from train.distributed import find_ranks
+from train.distributed import find_ranks, run_to_end
 from train.engine import processes
 from train.loop import train
 
@@ -28,4 +28,4 @@ def main(run: RunConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_to_end(main)

@@ -1,6 +1,9 @@
 """The run folder: which run it belongs to, and how each launch of that run was started."""
 
+import contextlib
 import datetime
+import errno
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -8,6 +11,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +19,81 @@ from configs.registry import REPOSITORY, to_mapping
 from configs.schema import ConfigError, RunConfig
 
 CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What makes a run the run it is; everything else may change between two launches of it.
-_IDENTITY = ("name", "seed", "model", "stages", "data", "optim")
-_PACKAGES = ("torch", "deepspeed", "triton", "hydra-core", "datasets", "sentencepiece", "numpy")
+_IDENTITY = ("seed", "model", "stages", "optim")
+_PACKAGES = ("torch", "deepspeed", "triton", "hydra-core", "datasets", "transformers", "safetensors", "sentencepiece", "numpy", "wandb")
 
 
-def open_run_dir(run: RunConfig, *, world_size: int) -> Path:
-    """Creates the folder, or takes up the one an earlier launch made; records config and launch. For rank 0.
+@contextlib.contextmanager
+def own_run_dir(run: RunConfig) -> Iterator[Path]:
+    """Holds the run's folder for this launch alone, creating it where needed; for rank 0, before anything is read from it.
 
-    Raises ConfigError where the folder belongs to another run, naming the first key that differs, or to no run.
+    Afterwards a folder that was created here and that nothing was written to is taken away again. Raises ConfigError where
+    the folder cannot be made or written, is a file, is not a run's, is in use by another launch, or holds checkpoints of
+    another run (naming the first key that differs).
     """
     folder = Path(run.run_dir)
-    check_run_dir(run)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / CONFIG_FILE, json.dumps(to_mapping(run), indent=2) + "\n")
-    with (folder / "launches.jsonl").open("a") as launches:
-        launches.write(json.dumps(describe_launch(world_size)) + "\n")
-    return folder
-
-
-def check_run_dir(run: RunConfig) -> None:
-    """Raises ConfigError unless the folder is new, empty, or this run's own. Writes nothing."""
-    folder = Path(run.run_dir)
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"run_dir={run.run_dir}: is a file; choose a folder")
-    if not folder.exists() or not any(folder.iterdir()):
+        raise ConfigError(f"run_dir={folder}: is a file; choose a folder")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with contextlib.ExitStack() as held:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = os.open(folder, os.O_RDONLY)
+                held.callback(os.close, lock)
+                if not os.access(folder, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            except OSError as error:
+                raise unwritable(f"run_dir={folder}", error) from None
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process dies, however it dies
+            except OSError:
+                raise ConfigError(f"run_dir={folder}: another launch is training in it; wait for its end or choose another") from None
+            _check_owner(folder, run)
+            yield folder
+    finally:
+        with contextlib.suppress(OSError):  # the first one that is not empty ends it
+            for path in made:
+                path.rmdir()
+
+
+def _check_owner(folder: Path, run: RunConfig) -> None:
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        if any(folder.iterdir()):
+            raise ConfigError(f"run_dir={folder}: is not empty and no run made it ({CONFIG_FILE} is missing); choose another folder")
         return
-    if not (folder / CONFIG_FILE).is_file():
-        raise ConfigError(f"run_dir={run.run_dir}: is not empty and no run made it ({CONFIG_FILE} is missing); choose another folder")
-    before, now = json.loads((folder / CONFIG_FILE).read_text()), to_mapping(run)
+    if not any((folder / CHECKPOINTS).glob("step_*")):
+        return  # a run that came to nothing may start again with other settings
+    try:
+        before = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError):
+        raise ConfigError(f"run_dir={folder}: {CONFIG_FILE} is damaged; choose another folder") from None
+    now = to_mapping(run)
     for key in _IDENTITY:
         difference = first_difference(before.get(key), now[key], key)
         if difference:
             where, old, new = difference
-            raise ConfigError(
-                f"run_dir={run.run_dir}: belongs to another run: {where} is {old} there and {new} here; choose another run_dir"
-            )
+            raise ConfigError(f"run_dir={folder}: belongs to another run: {where} is {old} there and {new} here; choose another run_dir")
+
+
+def record_launch(run: RunConfig, folder: Path, world_size: int) -> None:
+    """Writes the resolved config and one line on this launch. For rank 0. Raises ConfigError where the disk is full."""
+    try:
+        write_atomically(folder / CONFIG_FILE, json.dumps(to_mapping(run), indent=2) + "\n")
+        with (folder / "launches.jsonl").open("a") as launches:
+            launches.write(json.dumps(describe_launch(world_size)) + "\n")
+    except OSError as error:
+        raise unwritable(f"run_dir={folder}", error) from None
+
+
+def unwritable(what: str, error: OSError) -> ConfigError:
+    """The user's side of a failed write: a full disk, or the system's reason."""
+    reason = "the disk is full" if error.errno in DISK_FULL else "cannot be written"
+    return ConfigError(f"{what}: {reason} ({error.strerror or error})")
 
 
 def first_difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any] | None:

@@ -9,6 +9,7 @@ from configs.schema import ConfigError, RunConfig, StageConfig
 from data.loader import Batch, build_loader, heldout_rows
 from data.shards import Corpus
 from model.accounting import training_flops
+from model.transformer import Transformer
 from train.checkpoint import TrainingState
 from train.distributed import Ranks, gather_objects, sum_over_ranks
 from train.engine import Engine
@@ -22,10 +23,8 @@ from train.stages import Place, place_of
 class Trainer:
     """The state that moves with each optimizer step: place in the run, stream, counters."""
 
-    def __init__(
-        self, run: RunConfig, ranks: Ranks, corpus: Corpus, engine: Engine, metrics: Metrics, state: TrainingState | None
-    ) -> None:
-        self.run, self.ranks, self.corpus, self.engine, self.metrics = run, ranks, corpus, engine, metrics
+    def __init__(self, run: RunConfig, ranks: Ranks, corpus: Corpus, engine: Engine, state: TrainingState | None) -> None:
+        self.run, self.ranks, self.corpus, self.engine = run, ranks, corpus, engine
         self.done = state.step if state else 0
         self.skipped = state.skipped if state else 0
         self.skipped_in_a_row = state.skipped_in_a_row if state else 0
@@ -34,10 +33,7 @@ class Trainer:
 
     def _enter(self, stage: StageConfig) -> None:
         """Sets model and stream to a stage; weights, optimizer and the place in the corpus stay."""
-        model = self.engine.module
-        model.backend = stage.attention.backend.value
-        model.set_attention(stage.attention.per_layer(self.run.model.num_layers))
-        model.set_rope(stage.rope)
+        enter_stage(self.engine.module, self.run, stage)
         self.stage = stage
         self.loader = build_loader(
             self.corpus,
@@ -55,11 +51,11 @@ class Trainer:
                 self.corpus, seq_len=stage.seq_len, rows=self.run.evaluation.rows, rank=self.ranks.rank, world_size=self.ranks.world_size
             )
 
-    def step(self) -> None:
+    def step(self, metrics: Metrics) -> None:
         """One optimizer step and its line of metrics; a step with a non-finite loss or gradient is skipped and named."""
         place = place_of(self.run, self.done)
         if place.is_switch:
-            self._switch(place)
+            self._switch(place, metrics)
         started = time.perf_counter()
         batches = self.loader.next_step()
         data_wait = time.perf_counter() - started
@@ -77,11 +73,11 @@ class Trainer:
         loss /= batches[0].step_targets
         self.done += 1
         self._stream_state = self.loader.state_dict()
-        self._count_skips(result.skipped, loss, batches)
+        self._count_skips(result.skipped, loss, batches, metrics)
         seconds = time.perf_counter() - started
         peak = peak_flops(self.ranks.device)
         utilised = peak * self.ranks.world_size * seconds if peak else None
-        self.metrics.step(
+        metrics.step(
             {
                 "step": self.done,
                 "loss": loss,
@@ -101,7 +97,7 @@ class Trainer:
             }
         )
 
-    def _count_skips(self, skipped: bool, loss: float, batches: list[Batch]) -> None:
+    def _count_skips(self, skipped: bool, loss: float, batches: list[Batch], metrics: Metrics) -> None:
         if not skipped:
             self.skipped_in_a_row = 0
             return
@@ -109,33 +105,34 @@ class Trainer:
         self.skipped_in_a_row += 1
         mine = sorted({origin.document for batch in batches for origin in batch.documents})
         documents = sorted({document for part in gather_objects(mine) for document in part})
-        self.metrics.event("skipped", self.done, loss=loss, in_a_row=self.skipped_in_a_row, documents=documents)
+        metrics.event("skipped", self.done, loss=loss, in_a_row=self.skipped_in_a_row, documents=documents)
         if self.skipped_in_a_row >= self.run.max_skipped_in_a_row:
             raise ConfigError(
                 f"max_skipped_in_a_row={self.run.max_skipped_in_a_row}: that many steps in a row up to step {self.done} had a non-finite "
                 f"loss or gradient; the last one held training documents {documents[:20]}"
             )
 
-    def _switch(self, place: Place) -> None:
+    def _switch(self, place: Place, metrics: Metrics) -> None:
         """Enters the next stage; the loss on either side of it is of the same held-out rows, those of the stage before."""
         rows = self._heldout
         before = heldout_loss(self.engine, rows, self.ranks) if rows else None
         self._enter(place.stage)
         after = heldout_loss(self.engine, rows, self.ranks) if rows else None
-        self.metrics.event("switch", self.done, stage=place.stage.name, loss_before=before, loss_after=after)
+        metrics.event("switch", self.done, stage=place.stage.name, loss_before=before, loss_after=after)
 
-    def evaluate(self) -> float | None:
+    def evaluate(self, metrics: Metrics) -> float | None:
         """Loss on the held-out rows, written as an `evaluation` event; None where evaluation is off."""
         if not self._heldout:
             return None
         loss = heldout_loss(self.engine, self._heldout, self.ranks)
-        self.metrics.event("evaluation", self.done, heldout_loss=loss, context=self.stage.seq_len)
+        metrics.event("evaluation", self.done, heldout_loss=loss, context=self.stage.seq_len)
         return loss
 
     def state(self) -> TrainingState:
         """What a checkpoint after the last step keeps besides tensors."""
         return TrainingState(
             step=self.done,
+            tokens=place_of(self.run, self.done).tokens_before,
             stream=self.loader.state_dict(),
             skipped=self.skipped,
             skipped_in_a_row=self.skipped_in_a_row,
@@ -150,9 +147,25 @@ def _piece_lengths(batches: list[Batch]) -> list[int]:
     return [length for batch in batches for length in batch.cu_seqlens.diff().tolist()]
 
 
-def dry_run(run: RunConfig, engine: Engine, ranks: Ranks) -> None:
-    """One synthetic micro-batch of the longest rows with weight 0, before anything is written: memory trouble shows now, not at night."""
-    stage = max(run.stages, key=lambda stage: stage.seq_len)
+def enter_stage(model: Transformer, run: RunConfig, stage: StageConfig) -> None:
+    """Gives the model the attention and the positions of a stage; its weights stay."""
+    model.backend = stage.attention.backend.value
+    model.set_attention(stage.attention.per_layer(run.model.num_layers))
+    model.set_rope(stage.rope)
+
+
+def check_heldout(run: RunConfig, corpus: Corpus) -> None:
+    """Raises ConfigError where the held-out documents do not fill a row of some stage, before the run comes there."""
+    if run.evaluation.rows:
+        for seq_len in sorted({stage.seq_len for stage in run.stages}):
+            heldout_rows(corpus, seq_len=seq_len, rows=1)
+
+
+def dry_run(run: RunConfig, engine: Engine, ranks: Ranks, first_step: int) -> None:
+    """One synthetic micro-batch of the longest rows still to come, with weight 0, before anything is written: memory trouble
+    shows now, not at night. Raises ConfigError where it does not fit in the GPU's memory."""
+    stage = max(run.stages[place_of(run, first_step).index :], key=lambda stage: stage.seq_len)
+    enter_stage(engine.module, run, stage)
     shape = (run.parallel.micro_batch_rows, stage.seq_len)
     tokens = torch.arange(shape[0] * shape[1]).reshape(shape) % run.model.vocab_size
     batch = Batch(
@@ -167,8 +180,12 @@ def dry_run(run: RunConfig, engine: Engine, ranks: Ranks) -> None:
     )
     try:
         engine.micro_step(batch.to(ranks.device), weight=0.0, last=False)
+        full = None
     except torch.cuda.OutOfMemoryError:
+        full = memory_gib(ranks.device)
+    worst = max((used for used in gather_objects(full) if used is not None), default=None)
+    if worst is not None:
         raise ConfigError(
-            f"parallel.micro_batch_rows={shape[0]}: rows of seq_len={stage.seq_len} do not fit in this GPU's memory "
-            f"({memory_gib(ranks.device):.1f} GiB were in use); fewer rows, shorter rows, a higher ZeRO stage or bf16 would help"
-        ) from None
+            f"parallel.micro_batch_rows={shape[0]}: rows of seq_len={stage.seq_len} do not fit in a GPU's memory "
+            f"({worst:.1f} GiB were in use); fewer rows, shorter rows, a higher ZeRO stage or bf16 would help"
+        )

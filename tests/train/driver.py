@@ -13,7 +13,7 @@ from pathlib import Path
 from configs.checks import check_run
 from configs.registry import compose
 from configs.schema import Device, RunConfig
-from train.distributed import find_ranks
+from train.distributed import find_ranks, run_to_end
 from train.engine import Engine, processes
 from train.loop import train
 
@@ -44,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_to_end(main)

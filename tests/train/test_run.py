@@ -274,7 +274,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_whole(corpus, ranks, tmp_pa
         return plain(content, file, *arguments, **options)
 
     monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(ConfigError, match=r"checkpoint of step 8 could not be written .*No space left.* step_00000004 before it is whole"):
+    with pytest.raises(ConfigError, match=r"checkpoint of step 8 could not be written .*the disk is full; step_00000004 before it is whole"):
         train(make_run(corpus, tmp_path / "run"), ranks)
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["latest", CHECKPOINTS[0]]
     checkpoint.verify(tmp_path / "run/checkpoints" / CHECKPOINTS[0])
