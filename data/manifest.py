@@ -81,6 +81,10 @@ class Manifest:
             checksum = content.pop("checksum")
             version = content["format_version"]
         except (FileNotFoundError, NotADirectoryError):
+            if is_occupied(folder):
+                raise ConfigError(
+                    f"data.prepared_dir={folder}: is no prepared corpus, {FILE_NAME} is missing; name another folder"
+                ) from None
             command = f"python -m scripts.prepare_data data=bundled {shlex.quote(f'data.prepared_dir={folder}')}"
             raise ConfigError(
                 f"data.prepared_dir={folder}: no prepared corpus there; `{command}` makes one of text that is installed, "
@@ -96,6 +100,14 @@ class Manifest:
             raise damaged(path, "does not match its checksum")
         splits = {name: SplitManifest(**split) for name, split in content.pop("splits").items()}
         return cls(splits=splits, **content)
+
+
+def is_occupied(folder: Path) -> bool:
+    """Whether something other than an empty folder lies there. Raises ConfigError where the system does not say."""
+    try:
+        return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:
+        raise unreadable(folder, error) from None
 
 
 def damaged(path: Path, problem: str) -> ConfigError:

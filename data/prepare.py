@@ -17,7 +17,7 @@ import numpy as np
 
 from configs.schema import ConfigError, DataConfig, TokenizerKind
 from data.documents import LeftOut, read_documents
-from data.manifest import FILE_NAME, SPLITS, Manifest, config_content, describe_file, first_difference, unreadable
+from data.manifest import FILE_NAME, SPLITS, Manifest, config_content, describe_file, first_difference, is_occupied
 from data.shards import Corpus
 from data.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer, train_tokenizer
 from data.workers import resolve_workers, tokenise
@@ -54,7 +54,7 @@ def prepare(config: DataConfig, *, overwrite: bool = False, progress: Progress =
     if found is not None:
         return found
     target = Path(config.prepared_dir)
-    if _is_foreign(target):
+    if is_occupied(target) and not (target / FILE_NAME).exists():
         raise ConfigError(f"data.prepared_dir={target}: exists and is no corpus; it is left as it is, name another folder")
     if not config.sources:
         raise ConfigError("data.sources=[]: must name at least one source")
@@ -74,14 +74,6 @@ def find_prepared(config: DataConfig) -> Manifest | None:
     if difference := first_difference(manifest.config, config_content(config)):
         raise ConfigError(f"data.{difference}: {target} holds another corpus; overwrite=true replaces it, or name another prepared_dir")
     return manifest
-
-
-def _is_foreign(target: Path) -> bool:
-    """Whether something lies at `target` that no preparation made and that is not an empty folder."""
-    try:
-        return target.exists() and not (target / FILE_NAME).exists() and (not target.is_dir() or any(target.iterdir()))
-    except OSError as error:
-        raise unreadable(target, error) from None
 
 
 def is_heldout(digest: bytes, fraction: float) -> bool:

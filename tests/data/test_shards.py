@@ -34,6 +34,9 @@ def test_missing_corpus_names_the_key_and_a_command_that_works(tmp_path):
     program, *overrides = shlex.split(message.split("`")[1])[2:]
     assert program == "scripts.prepare_data"
     assert compose(PrepareConfig, config_name="prepare_data", overrides=overrides).data.prepared_dir == str(folder)
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")  # where preparing would be refused
+    assert refused(folder) == f"data.prepared_dir={folder}: is no prepared corpus, manifest.json is missing; name another folder"
 
 
 @pytest.mark.parametrize(
@@ -54,7 +57,7 @@ def test_every_harm_to_every_file_is_refused_by_name(folder, name, harm):
         path.unlink()
     message = refused(folder)
     if (name, harm) == ("manifest.json", "remove"):
-        assert "no prepared corpus there" in message
+        assert "is no prepared corpus, manifest.json is missing" in message
         return
     assert name in message and "overwrite=true" in message
     if name == "tokenizer.model" and harm == "flip":
