@@ -454,12 +454,12 @@ class EvaluateConfig:
     """`scripts.evaluate`: perplexity of held-out long documents."""
 
     checkpoint: str = ""
-    """A run folder (its newest valid checkpoint) or a checkpoint folder."""
+    """A run folder or its `checkpoints` (the newest valid one), or a checkpoint folder."""
     data: DataConfig = field(default_factory=DataConfig)
     output_dir: str = ""
     """Folder of the report; empty: `evaluation` inside the run folder."""
-    contexts: tuple[int, ...] = (512, 2048)
-    """Context lengths, in tokens."""
+    contexts: tuple[int, ...] = ()
+    """Context lengths, in tokens; empty: the one it was trained at last."""
     attentions: tuple[str, ...] = ()
     """Attention rules tried on the same weights, such as full or moba(128, 4); empty: the one it was trained with last."""
     max_documents: int = 32
@@ -477,7 +477,6 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.checkpoint), "checkpoint", repr(self.checkpoint), "must be a run folder or a checkpoint folder")
-        _require(len(self.contexts) > 0, "contexts", "[]", "must hold at least one context length")
         for context in self.contexts:
             _require(context >= 1, "contexts", context, "must be at least 1")
         _at_least(self, 0, "max_documents", "min_document_tokens", "max_document_tokens")

@@ -11,7 +11,7 @@ import io
 import json
 import sysconfig
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files as package_files
@@ -22,6 +22,7 @@ from configs.schema import ConfigError, InvalidText, SourceConfig, SourceFormat
 Raw = Iterator[tuple[str, bytes | str]]
 """What a format's reader yields: a name for messages, and the document before it is checked."""
 
+_EXAMPLES = 3
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -34,10 +35,32 @@ class Document:
     name: str
 
 
-def read_documents(source: SourceConfig, *, invalid_utf8: InvalidText, dropped: Counter[str]) -> Iterator[Document]:
+class LeftOut:
+    """Documents left out: how many for each reason, and the names of the first few."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.names: dict[str, list[str]] = defaultdict(list)
+
+    def add(self, reason: str, name: str) -> None:
+        """One document, by its name for messages."""
+        self.counts[reason] += 1
+        if self.counts[reason] <= _EXAMPLES:
+            self.names[reason].append(name)
+
+    def __str__(self) -> str:
+        return ", ".join(describe_left_out(reason, count, self.names[reason]) for reason, count in self.counts.items()) or "none"
+
+
+def describe_left_out(reason: str, count: int, names: list[str]) -> str:
+    """`5 empty (a.txt, b.txt, c.txt, ...)`."""
+    return f"{count:,} {reason}" + (f" ({', '.join(names)}{', ...' if count > len(names) else ''})" if names else "")
+
+
+def read_documents(source: SourceConfig, *, invalid_utf8: InvalidText, left_out: LeftOut) -> Iterator[Document]:
     """The documents of `source`, in an order that depends on nothing but its content.
 
-    Documents that are not UTF-8 are counted in `dropped["invalid_utf8"]`, or refused. Raises ConfigError for those, and
+    Documents that are not UTF-8 are added to `left_out` as `invalid_utf8`, or refused. Raises ConfigError for those, and
     for a source that is missing, unreadable or without the named column.
     """
     taken = 0
@@ -45,7 +68,7 @@ def read_documents(source: SourceConfig, *, invalid_utf8: InvalidText, dropped: 
         for name, content in _READERS[source.format](source):
             text = _decode(content, name, invalid_utf8)
             if text is None:
-                dropped["invalid_utf8"] += 1
+                left_out.add("invalid_utf8", name)
                 continue
             yield Document(text, source.name, name)
             taken += 1
@@ -136,7 +159,10 @@ def _files(source: SourceConfig) -> Raw:
     folder = Path(source.path)
     if not folder.is_dir():
         raise _refusal(source, "no such folder")
-    found = sorted(p for p in folder.glob(source.pattern) if p.is_file())
+    try:
+        found = sorted(p for p in folder.glob(source.pattern) if p.is_file())
+    except (ValueError, NotImplementedError) as error:  # empty, absolute, or `**` beside other characters
+        raise _refusal(source, f"no glob inside a folder ({error}); such as **/*.txt", "pattern") from None
     if not found:
         raise _refusal(source, f"no file matches in {source.path}; it holds: {_some(sorted(p.name for p in folder.iterdir()))}", "pattern")
     for path in found:
@@ -155,7 +181,7 @@ def _jsonl(source: SourceConfig) -> Raw:
                 except UnicodeDecodeError:
                     yield name, line
                     continue
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:  # RecursionError: a thousand brackets deep
                     raise _refusal(source, f"{name} is not JSON ({error})") from None
                 if not isinstance(record, dict):
                     raise _refusal(source, f"{name} is a {type(record).__name__}, not an object")
@@ -182,8 +208,9 @@ def _parquet(source: SourceConfig) -> Raw:
                 columns = file.schema_arrow
                 if source.text_field not in columns.names:
                     raise _refusal(source, f"not a column of {path}; there are: {_some(columns.names)}", "text_field")
-                kind = str(columns.field(source.text_field).type)
-                if not any(word in kind for word in ("string", "utf8")):
+                kind = columns.field(source.text_field).type
+                plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+                if not (pyarrow.types.is_string(plain) or pyarrow.types.is_large_string(plain)):
                     raise _refusal(source, f"the column of {path} holds {kind}, not text", "text_field")
                 row = 0
                 for batch in file.iter_batches(batch_size=256, columns=[source.text_field]):

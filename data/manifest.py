@@ -9,7 +9,8 @@ heldout-00000.bin ..., heldout-index.npy
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+import shlex
+from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ class Manifest:
     dtype: str
     sources: list[str]
     splits: dict[str, SplitManifest]
-    dropped: dict[str, int]
+    dropped: dict[str, int]  # documents left out, by reason
+    dropped_names: dict[str, list[str]] = field(default_factory=dict)  # the first few of each reason
     files: dict[str, dict[str, Any]]
     config: dict[str, Any]
 
@@ -78,11 +80,19 @@ class Manifest:
             content = json.loads(path.read_bytes())
             checksum = content.pop("checksum")
             version = content["format_version"]
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
+            if is_occupied(folder):
+                raise ConfigError(
+                    f"data.prepared_dir={folder}: is no prepared corpus, {FILE_NAME} is missing; name another folder"
+                ) from None
+            command = f"python -m scripts.prepare_data data=bundled {shlex.quote(f'data.prepared_dir={folder}')}"
             raise ConfigError(
-                f"data.prepared_dir={folder}: no prepared corpus there; make it with `python -m scripts.prepare_data data={folder.name}`"
+                f"data.prepared_dir={folder}: no prepared corpus there; `{command}` makes one of text that is installed, "
+                "and configs/data/ says how to make one of your own"
             ) from None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except OSError as error:
+            raise unreadable(path, error) from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise damaged(path, "is not a manifest") from None
         if version != FORMAT_VERSION:
             raise ConfigError(f"{path}: format {version}, this code reads format {FORMAT_VERSION}; prepare again with overwrite=true")
@@ -92,9 +102,22 @@ class Manifest:
         return cls(splits=splits, **content)
 
 
+def is_occupied(folder: Path) -> bool:
+    """Whether something other than an empty folder lies there. Raises ConfigError where the system does not say."""
+    try:
+        return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:
+        raise unreadable(folder, error) from None
+
+
 def damaged(path: Path, problem: str) -> ConfigError:
     """The error for a file that is not what preparation wrote."""
     return ConfigError(f"{path}: {problem}; prepare again with overwrite=true")
+
+
+def unreadable(path: Path, error: OSError) -> ConfigError:
+    """The error for a file or folder of a corpus that the system does not let us read."""
+    return ConfigError(f"{path}: cannot be read ({error.strerror})")
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -111,14 +134,14 @@ def config_content(config: DataConfig) -> dict[str, Any]:
 
 
 def first_difference(made: Any, asked: Any, key: str = "") -> str:
-    """`KEY is A, prepared with B` for the first place where two config contents differ; empty where they are equal."""
+    """`KEY=A, it was prepared with B` for the first place where two config contents differ; empty where they are equal."""
     if isinstance(made, dict) and isinstance(asked, dict):
         for name in dict.fromkeys([*asked, *made]):
             if difference := first_difference(made.get(name), asked.get(name), f"{key}.{name}" if key else name):
                 return difference
     elif isinstance(made, list) and isinstance(asked, list) and len(made) == len(asked):
         for i, (one, other) in enumerate(zip(made, asked, strict=True)):
-            if difference := first_difference(one, other, f"{key}[{i}]"):
+            if difference := first_difference(one, other, f"{key}.{i}"):
                 return difference
     elif made != asked:
         return f"{key}={asked}, it was prepared with {made}"
@@ -129,4 +152,4 @@ def _own_checksum(content: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-assert {field.name for field in fields(DataConfig)} >= set(_NOT_CONTENT)
+assert {item.name for item in fields(DataConfig)} >= set(_NOT_CONTENT)

@@ -6,17 +6,18 @@ document between training and held-out. Sources are read twice when a tokenizer 
 
 import hashlib
 import heapq
+import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from configs.schema import ConfigError, DataConfig, TokenizerKind
-from data.documents import read_documents
-from data.manifest import FILE_NAME, SPLITS, Manifest, config_content, describe_file, first_difference
+from data.documents import LeftOut, read_documents
+from data.manifest import FILE_NAME, SPLITS, Manifest, config_content, describe_file, first_difference, is_occupied
 from data.shards import Corpus
 from data.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer, train_tokenizer
 from data.workers import resolve_workers, tokenise
@@ -31,8 +32,12 @@ _PIECE_CHARACTERS = 2048  # of tokenizer training text: short enough to be an ev
 
 @dataclass(frozen=True)
 class _Origin:
-    """What the index says of a document; `digest` is that of its text. Its tokens join it when a worker has made them."""
+    """What the index says of a document; `digest` is that of its text. Its tokens join it when a worker has made them.
 
+    `name` is for messages.
+    """
+
+    name: str
     source: int
     num_bytes: int
     digest: bytes
@@ -49,7 +54,7 @@ def prepare(config: DataConfig, *, overwrite: bool = False, progress: Progress =
     if found is not None:
         return found
     target = Path(config.prepared_dir)
-    if target.exists() and not (target / FILE_NAME).exists() and (not target.is_dir() or any(target.iterdir())):
+    if is_occupied(target) and not (target / FILE_NAME).exists():
         raise ConfigError(f"data.prepared_dir={target}: exists and is no corpus; it is left as it is, name another folder")
     if not config.sources:
         raise ConfigError("data.sources=[]: must name at least one source")
@@ -60,10 +65,10 @@ def prepare(config: DataConfig, *, overwrite: bool = False, progress: Progress =
 def find_prepared(config: DataConfig) -> Manifest | None:
     """The manifest of the finished corpus in `config.prepared_dir`, None where there is none.
 
-    Raises ConfigError where it is damaged or was made from another config.
+    Raises ConfigError where it is damaged or was made from another config: here the whole config is asked for, as nowhere else.
     """
     target = Path(config.prepared_dir)
-    if not (target / FILE_NAME).exists():
+    if not os.path.exists(target / FILE_NAME):
         return None
     manifest = Corpus.open(target).manifest
     if difference := first_difference(manifest.config, config_content(config)):
@@ -83,24 +88,26 @@ def text_digest(text: str) -> bytes:
 
 def _build(config: DataConfig, folder: Path, progress: Progress) -> Manifest:
     tokenizer, total_bytes = _place_tokenizer(config, folder, progress)
-    dropped: Counter[str] = Counter()
+    left_out = LeftOut()
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     writers = {split: SplitWriter(folder, split, dtype, config.shard_tokens) for split in SPLITS}
-    texts = _chunks(_texts(config, dropped))
+    texts = _chunks(_texts(config, left_out))
     done = 0
     try:
-        for origin, tokens in tokenise(texts, folder / tokenizer.file_name, dtype, resolve_workers(config.num_workers)):
-            done += origin.num_bytes
-            progress("tokenise", done, total_bytes)
-            if len(tokens) < config.min_document_tokens:
-                dropped["too_short"] += 1
-                continue
-            whole = np.concatenate((np.array([tokenizer.bos_id], dtype), tokens, np.array([tokenizer.eos_id], dtype)))
-            writers[origin.split].append(whole, source=origin.source, num_bytes=origin.num_bytes, digest=origin.digest)
+        # Closed before the folder goes away, should this end early: workers read the tokenizer there.
+        with closing(tokenise(texts, folder / tokenizer.file_name, dtype, resolve_workers(config.num_workers))) as tokenised:
+            for origin, tokens in tokenised:
+                done += origin.num_bytes
+                progress("tokenise", done, total_bytes)
+                if len(tokens) < config.min_document_tokens:
+                    left_out.add("too_short", origin.name)
+                    continue
+                whole = np.concatenate((np.array([tokenizer.bos_id], dtype), tokens, np.array([tokenizer.eos_id], dtype)))
+                writers[origin.split].append(whole, source=origin.source, num_bytes=origin.num_bytes, digest=origin.digest)
     finally:
         for writer in writers.values():
             writer.close()
-    _require_both(config, {split: writers[split].documents for split in SPLITS}, dropped)
+    _require_both(config, {split: writers[split].documents for split in SPLITS}, left_out)
     sources = [source.name for source in config.sources]
     manifest = Manifest(
         tokenizer_file=tokenizer.file_name,
@@ -111,7 +118,8 @@ def _build(config: DataConfig, folder: Path, progress: Progress) -> Manifest:
         dtype=dtype.str,
         sources=sources,
         splits={split: writers[split].finish(sources) for split in SPLITS},
-        dropped={reason: dropped[reason] for reason in ("invalid_utf8", "empty", "duplicate", "too_short")},
+        dropped={reason: left_out.counts[reason] for reason in ("invalid_utf8", "empty", "duplicate", "too_short")},
+        dropped_names=dict(left_out.names),
         files={path.name: describe_file(path) for path in sorted(folder.iterdir())},
         config=config_content(config),
     )
@@ -129,7 +137,10 @@ def _place_tokenizer(config: DataConfig, folder: Path, progress: Progress) -> tu
     path = Path(given.path)
     if path.is_dir():
         path /= next(name for name, kind in FILE_NAMES.items() if kind is given.kind)
-    tokenizer = load_tokenizer(path)
+    try:
+        tokenizer = load_tokenizer(path)
+    except ConfigError as error:
+        raise ConfigError(f"data.tokenizer.path={error}") from None
     if FILE_NAMES[tokenizer.file_name] is not given.kind:
         raise ConfigError(
             f"data.tokenizer.path={given.path}: a {FILE_NAMES[tokenizer.file_name].value} file, kind={given.kind.value} was asked for"
@@ -141,20 +152,20 @@ def _place_tokenizer(config: DataConfig, folder: Path, progress: Progress) -> tu
     return tokenizer, 0
 
 
-def _texts(config: DataConfig, dropped: Counter[str]) -> Iterator[tuple[_Origin, str]]:
-    """The documents that count, each once, in the order of the sources; the others are counted in `dropped`."""
+def _texts(config: DataConfig, left_out: LeftOut) -> Iterator[tuple[_Origin, str]]:
+    """The documents that count, each once, in the order of the sources; the others are added to `left_out`."""
     seen: set[bytes] = set()
     for number, source in enumerate(config.sources):
-        for document in read_documents(source, invalid_utf8=config.invalid_utf8, dropped=dropped):
+        for document in read_documents(source, invalid_utf8=config.invalid_utf8, left_out=left_out):
             digest = text_digest(document.text)
             if not document.text.strip():
-                dropped["empty"] += 1
+                left_out.add("empty", document.name)
             elif digest in seen:
-                dropped["duplicate"] += 1
+                left_out.add("duplicate", document.name)
             else:
                 seen.add(digest)
                 split = "heldout" if is_heldout(digest, config.heldout_fraction) else "train"
-                yield _Origin(number, len(document.text.encode()), digest, split), document.text
+                yield _Origin(document.name, number, len(document.text.encode()), digest, split), document.text
 
 
 def _chunks(texts: Iterator[tuple[_Origin, str]]) -> Iterator[tuple[list[_Origin], list[str]]]:
@@ -181,8 +192,8 @@ def _sample(config: DataConfig, progress: Progress) -> tuple[list[str], int]:
     heap: list[tuple[int, str, int]] = []
     kept = total = 0
     counts = dict.fromkeys(SPLITS, 0)
-    dropped: Counter[str] = Counter()
-    for origin, text in _texts(config, dropped):
+    left_out = LeftOut()
+    for origin, text in _texts(config, left_out):
         counts[origin.split] += 1
         total += origin.num_bytes
         progress("sample", total, 0)
@@ -193,7 +204,7 @@ def _sample(config: DataConfig, progress: Progress) -> tuple[list[str], int]:
             kept += size
             while len(heap) > 1 and kept - heap[0][2] >= config.tokenizer.train_bytes:
                 kept -= heapq.heappop(heap)[2]
-    _require_both(config, counts, dropped)
+    _require_both(config, counts, left_out)
     progress("train tokenizer", total, 0)
     return [piece for _, piece, _ in sorted(heap, reverse=True)], total
 
@@ -207,9 +218,8 @@ def _pieces(text: str) -> Iterator[str]:
         start = end
 
 
-def _require_both(config: DataConfig, documents: dict[str, int], dropped: Counter[str]) -> None:
+def _require_both(config: DataConfig, documents: dict[str, int], left_out: LeftOut) -> None:
     """Both splits must hold documents; held-out may be empty where heldout_fraction=0 asks for that."""
-    left_out = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
     total = sum(documents.values())
     if total == 0:
         raise ConfigError(f"data.sources={[source.name for source in config.sources]}: no documents (left out: {left_out})")

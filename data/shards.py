@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.schema import ConfigError
-from data.manifest import INDEX, SPLITS, Manifest, SplitManifest, damaged, describe_file
+from data.manifest import INDEX, SPLITS, Manifest, SplitManifest, damaged, describe_file, unreadable
 from data.tokenizer import Tokenizer, content_hash, load_tokenizer
 
 _VERIFY_BYTES = 1 << 28  # a corpus up to here is verified whole at each start: under half a second
@@ -73,11 +73,11 @@ class Corpus:
 
     @classmethod
     def open(cls, prepared_dir: str | Path, *, verify: bool | None = None) -> "Corpus":
-        """The corpus in `prepared_dir`.
+        """The corpus in `prepared_dir`. What it holds, its manifest alone says; the rest of a DataConfig is for preparation.
 
         Format, the size of every file, the tokenizer and the indexes are always checked; the checksums of the shards with
         `verify=True`, never with False, and by default where the corpus is small (256 MB).
-        Raises ConfigError, naming the file, for what is missing, cut short or altered.
+        Raises ConfigError, naming the file, for what is missing, unreadable, cut short or altered.
         """
         folder = Path(prepared_dir)
         manifest = Manifest.load(folder)
@@ -123,12 +123,15 @@ def verify_corpus(folder: Path, manifest: Manifest, *, checksums: set[str] | Non
     for name, wanted in manifest.files.items():
         path = folder / name
         other = "; it is not the tokenizer the shards were made with" if name == manifest.tokenizer_file else ""
-        if not path.is_file():
-            raise damaged(path, "is missing")
-        if (size := path.stat().st_size) != wanted["size"]:
-            raise damaged(path, f"has {size} bytes, preparation wrote {wanted['size']}{other}")
-        if (checksums is None or name in checksums) and (digest := describe_file(path)["blake2b"]) != wanted["blake2b"]:
-            raise damaged(path, f"has hash {digest}, preparation wrote {wanted['blake2b']}{other}")
+        try:
+            if not path.is_file():
+                raise damaged(path, "is missing")
+            if (size := path.stat().st_size) != wanted["size"]:
+                raise damaged(path, f"has {size} bytes, preparation wrote {wanted['size']}{other}")
+            if (checksums is None or name in checksums) and (digest := describe_file(path)["blake2b"]) != wanted["blake2b"]:
+                raise damaged(path, f"has hash {digest}, preparation wrote {wanted['blake2b']}{other}")
+        except OSError as error:
+            raise unreadable(path, error) from None
 
 
 def length_histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:

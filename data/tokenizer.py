@@ -6,6 +6,7 @@ Text never turns into a separator: `<s>` written in a document is encoded as the
 import hashlib
 import io
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -79,7 +80,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     file_name = "tokenizer.json"
 
-    def __init__(self, content: bytes, where: str, settings: dict | None = None) -> None:
+    def __init__(self, content: bytes, where: str, settings: dict) -> None:
         from tokenizers import Tokenizer as Backend
 
         try:
@@ -92,9 +93,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.hash = content_hash(content)
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        bos, eos = (
-            _named(vocabulary, (settings or {}).get(key), known) for key, known in (("bos_token", _KNOWN_BOS), ("eos_token", _KNOWN_EOS))
-        )
+        bos, eos = (_named(vocabulary, settings.get(key), known) for key, known in (("bos_token", _KNOWN_BOS), ("eos_token", _KNOWN_EOS)))
         self.bos_id, self.eos_id = _separators(bos, eos, where)
 
     def encode(self, text: str) -> list[int]:
@@ -106,32 +105,39 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in file `path`, or the `tokenizer.model` / `tokenizer.json` in folder `path`. Raises ConfigError."""
+    """The tokenizer in file `path`, or the `tokenizer.model` / `tokenizer.json` in folder `path`. Raises ConfigError, `path` first."""
     path = Path(path)
     if path.is_dir():
         found = [path / name for name in FILE_NAMES if (path / name).is_file()]
         if not found:
-            raise ConfigError(f"tokenizer={path}: the folder holds neither {' nor '.join(FILE_NAMES)}")
+            raise ConfigError(f"{path}: the folder holds neither {' nor '.join(FILE_NAMES)}")
         path = found[0]
     try:
         content = path.read_bytes()
         if path.suffix != ".json":
-            return SentencePieceTokenizer(content, f"tokenizer={path}")
+            return SentencePieceTokenizer(content, str(path))
         beside = path.with_name("tokenizer_config.json")
-        settings = json.loads(beside.read_bytes()) if beside.is_file() else None
+        settings = beside.read_bytes() if beside.is_file() else b"{}"
     except OSError as error:
-        raise ConfigError(f"tokenizer={path}: {error.strerror}; needs a tokenizer.model or a tokenizer.json") from None
+        raise ConfigError(f"{path}: {error.strerror}; needs a tokenizer.model or a tokenizer.json") from None
+    return HuggingFaceTokenizer(content, str(path), _settings(settings, path))
+
+
+def _settings(content: bytes, path: Path) -> dict:
+    try:
+        settings = json.loads(content)
     except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"tokenizer={path}: the tokenizer_config.json beside it is not JSON ({error})") from None
-    return HuggingFaceTokenizer(content, f"tokenizer={path}", settings)
+        raise ConfigError(f"{path}: the tokenizer_config.json beside it is not JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: the tokenizer_config.json beside it is a {type(settings).__name__}, not an object")
+    return settings
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> bytes:
     """A sentencepiece BPE with byte fallback that gives back every text exactly; the same bytes for the same `texts`.
 
-    `texts` are pieces of at most a few thousand characters. Raises ConfigError where they support fewer than `vocab_size` tokens.
+    `texts` are pieces of at most a few thousand characters. Raises ConfigError where they support fewer than `vocab_size` tokens or
+    their characters alone need more.
     """
     from sentencepiece import SentencePieceTrainer
 
@@ -161,9 +167,19 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> bytes:
             minloglevel=3,
         )
     except (RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else "no reason given"
-        raise ConfigError(f"data.tokenizer.vocab_size={vocab_size}: the training text does not support it ({reason})") from None
+        raise ConfigError(f"data.tokenizer.vocab_size={vocab_size}: {_training_problem(str(error))}") from None
     return model.getvalue()
+
+
+def _training_problem(message: str) -> str:
+    """What sentencepiece's error means for the user, who can change the text and the size of the vocabulary."""
+    if most := re.search(r"too high .* <= (\d+)", message):
+        return f"is too high for so little text, which gives at most {most[1]} tokens"
+    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return f"is too low, the characters of the text alone need {least[1]}"
+    if "sentences_.empty()" in message:
+        return "there is no text to learn from: no training document has a line that is neither empty nor holds NUL"
+    return f"sentencepiece cannot learn it ({' '.join(message.split()) or 'no reason given'})"
 
 
 def content_hash(content: bytes) -> str:

@@ -8,9 +8,10 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,7 +33,9 @@ def resolve_workers(num_workers: int) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def tokenise(chunks: Iterable[Chunk[Record]], tokenizer: Path, dtype: np.dtype, num_workers: int) -> Iterator[tuple[Record, np.ndarray]]:
+def tokenise(
+    chunks: Iterable[Chunk[Record]], tokenizer: Path, dtype: np.dtype, num_workers: int
+) -> Generator[tuple[Record, np.ndarray], None, None]:
     """Each record with the ids of its text (`dtype`, without separators), in the order of `chunks`.
 
     At most three chunks per worker are in memory. Raises ConfigError when a worker dies.
@@ -47,7 +50,8 @@ def tokenise(chunks: Iterable[Chunk[Record]], tokenizer: Path, dtype: np.dtype, 
         waiting: deque[tuple[list[Record], Future[list[np.ndarray]]]] = deque()
         try:
             for records, texts in chunks:
-                waiting.append((records, pool.submit(_encode, texts, dtype)))
+                with _interrupts_held():
+                    waiting.append((records, pool.submit(_encode, texts, dtype)))
                 if len(waiting) > 3 * num_workers:
                     yield from _result(waiting)
             while waiting:
@@ -55,7 +59,17 @@ def tokenise(chunks: Iterable[Chunk[Record]], tokenizer: Path, dtype: np.dtype, 
         except BrokenProcessPool:
             raise ConfigError(f"data.num_workers={num_workers}: a tokenising process died, perhaps out of memory; try fewer") from None
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until the block ends. Processes that start in it hold it for ever: it is the parent's to handle."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _result(waiting: deque) -> Iterator[tuple[Record, np.ndarray]]:
@@ -66,7 +80,6 @@ def _result(waiting: deque) -> Iterator[tuple[Record, np.ndarray]]:
 def _load(path: Path) -> None:
     global _tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _tokenizer = load_tokenizer(path)
 

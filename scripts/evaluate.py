@@ -1,9 +1,10 @@
-"""Perplexity of held-out long documents: `python -m scripts.evaluate checkpoint=RUN_OR_CHECKPOINT data=NAME`.
+"""Perplexity of held-out long documents: `python -m scripts.evaluate checkpoint=RUN_OR_CHECKPOINT data.prepared_dir=CORPUS`.
 
     contexts=[512,2048]                          context lengths, in tokens
     attentions='["full","moba(64, 4)"]'          attention rules to try on the same weights
 
-Writes evaluation.json, evaluation.md and position.png into output_dir (default: `evaluation` in the run folder).
+Without these two, what the checkpoint was trained with last. Writes evaluation.json, evaluation.md and position.png into output_dir
+(default: `evaluation` in the run folder).
 """
 
 import json
@@ -16,6 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # started by its path: the folder of this file would shadow top-level packages, the root would be missing
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -24,6 +28,7 @@ from configs.registry import command, to_mapping
 from configs.schema import ConfigError, EvaluateConfig, Precision
 from model.transformer import Transformer
 from scripts.figures import plot_positions
+from scripts.program import run, show
 from train.checkpoint import read_state, resolve
 from train.distributed import choose_device
 from train.engine import load_weights
@@ -32,8 +37,8 @@ from train.evaluate import (
     Document,
     attention_label,
     attention_settings,
-    check_contexts,
     choose_documents,
+    context_lengths,
     open_corpus,
     score,
 )
@@ -43,12 +48,12 @@ from train.stages import place_of
 
 FILES = ("position.png", "evaluation.md", "evaluation.json")
 
+
 @command(EvaluateConfig, config_name="evaluate")
 def main(config: EvaluateConfig) -> None:
     """Evaluates, and prints the main table and where the files are."""
     report = evaluate(config)
-    print(main_table(report["results"]))
-    print("\n".join(str(Path(report["output_dir"]) / name) for name in FILES))
+    show("\n".join([main_table(report["results"]), *(str(Path(report["output_dir"]) / name) for name in FILES)]))
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -56,28 +61,28 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     device = choose_device(config.device)
     checkpoint = _find(config)
     state = read_state(checkpoint)
-    run = state.run()
-    stage = place_of(run, max(state.step - 1, 0)).stage  # of the last finished step
-    settings = attention_settings(config, run, stage)
-    check_contexts(config, run)
+    trained = state.run()
+    stage = place_of(trained, max(state.step - 1, 0)).stage  # of the last finished step
+    settings = attention_settings(config, trained, stage)
+    contexts = context_lengths(config, trained, stage)
     corpus = open_corpus(config, state)
     documents = choose_documents(corpus, config)
     folder = _make_folder(config, checkpoint)
 
-    model = Transformer(run.model, next(iter(settings.values())), stage.rope, config.backend.value)
-    model.load_state_dict(load_weights(checkpoint, zero_stage=run.parallel.zero_stage))
+    model = Transformer(trained.model, next(iter(settings.values())), stage.rope, config.backend.value)
+    model.load_state_dict(load_weights(checkpoint, zero_stage=trained.parallel.zero_stage))
     model.to(device, torch.bfloat16 if config.precision is Precision.BF16 else torch.float32).eval()
     report = {
-        "run": run.name,
+        "run": trained.name,
         "checkpoint": str(checkpoint),
         "step": state.step,
         "trained_context": stage.seq_len,
-        "trained_attention": attention_label(stage.attention.rule, stage.attention.per_layer(run.model.num_layers)),
+        "trained_attention": attention_label(stage.attention.rule, stage.attention.per_layer(trained.model.num_layers)),
         "corpus": config.data.prepared_dir,
         "tokenizer_hash": corpus.tokenizer_hash,
         "documents": describe_documents(documents, corpus.split("heldout").num_documents),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "results": _score_all(config, model, settings, documents, device),
+        "results": _score_all(config.checkpoint, model, settings, contexts, documents, device),
         "output_dir": str(folder),
         "config": to_mapping(config),
         "launch": describe_launch(world_size=1),
@@ -88,8 +93,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _find(config: EvaluateConfig) -> Path:
+    given = Path(config.checkpoint)
     try:
-        return resolve(config.checkpoint, lambda text: print(text, file=sys.stderr))
+        return resolve(str(given.parent if given.name == "checkpoints" else given), lambda text: print(text, file=sys.stderr))
     except ConfigError as error:
         raise ConfigError(f"checkpoint={error}") from None
 
@@ -108,10 +114,14 @@ def _make_folder(config: EvaluateConfig, checkpoint: Path) -> Path:
 
 
 def _score_all(
-    config: EvaluateConfig, model: Transformer, settings: AttentionSettings, documents: list[Document], device: torch.device
+    checkpoint: str,
+    model: Transformer,
+    settings: AttentionSettings,
+    contexts: tuple[int, ...],
+    documents: list[Document],
+    device: torch.device,
 ) -> list[dict[str, Any]]:
     results = []
-    contexts = tuple(dict.fromkeys(config.contexts))
     total = len(settings) * len(contexts) * sum(len(document.tokens) - 1 for document in documents)
     with _progress(total) as advance:
         for label, layers in settings.items():
@@ -123,7 +133,7 @@ def _score_all(
                 except torch.cuda.OutOfMemoryError:
                     raise ConfigError(f"contexts={context}: is too long for this GPU's memory under {label}") from None
                 if not math.isfinite(scores.nats):
-                    raise ConfigError(f"checkpoint={config.checkpoint}: its losses are not finite under {label} at context {context}")
+                    raise ConfigError(f"checkpoint={checkpoint}: its losses are not finite under {label} at context {context}")
                 results.append(describe_result(label, [str(layer) for layer in layers], context, scores, time.perf_counter() - started))
     return results
 
@@ -145,11 +155,13 @@ def _write(folder: Path, report: dict[str, Any]) -> None:
         plot_positions(figure, {result_label(result): result["by_position"] for result in report["results"]})
         write_atomically(text, markdown(report))
         write_atomically(values, json.dumps(report, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
+    except BaseException as error:
         for name in FILES:
             (folder / f".{name}.partial").unlink(missing_ok=True)
-        raise ConfigError(f"output_dir={folder}: the report could not be written ({error.strerror})") from None
+        if isinstance(error, OSError):
+            raise ConfigError(f"output_dir={folder}: the report could not be written ({error.strerror})") from None
+        raise
 
 
 if __name__ == "__main__":
-    main()
+    run(main, interrupted="nothing was written")

@@ -71,15 +71,24 @@ def short_count(value: int) -> str:
     return str(value)
 
 
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, steps and events; what is no JSON object is left out, such as a line that a kill cut short."""
+    lines = []
+    for line in file.read_text().splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(values, dict):
+            lines.append(values)
+    return lines
+
+
 def _read_history(file: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
     """(tokens, loss) of the training steps and of the held-out evaluations."""
     training, heldout = {}, {}
     tokens = {0: 0}
-    for line in file.read_text().splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:  # the line that a kill cut short
-            continue
+    for values in read_metrics(file):
         step = values["step"]
         if "event" not in values:
             tokens[step] = values["tokens"]

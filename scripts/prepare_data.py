@@ -4,18 +4,25 @@ Reads the documents of `data.sources`, holds some out, trains or loads the token
 A finished corpus of the same config is left as it is; overwrite=true builds it again.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+if not __package__:  # started by its path: the folder of this file would shadow top-level packages, the root would be missing
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
 from configs.registry import command
 from configs.schema import PrepareConfig
+from data.documents import describe_left_out
 from data.manifest import SPLITS, Manifest
 from data.prepare import Progress as Report
 from data.prepare import find_prepared, prepare
 from data.shards import Corpus, length_histogram
+from scripts.program import run, show
 
 
 @command(PrepareConfig, config_name="prepare_data")
@@ -24,8 +31,8 @@ def main(config: PrepareConfig) -> None:
     reused = not config.overwrite and find_prepared(config.data) is not None
     with _progress() as report:
         manifest = prepare(config.data, overwrite=config.overwrite, progress=report)
-    print(f"{config.data.prepared_dir}: {'already prepared' if reused else 'prepared'}")
-    print("\n".join(_summary(manifest, Corpus.open(config.data.prepared_dir))))
+    title = f"{config.data.prepared_dir}: {'already prepared' if reused else 'prepared'}"
+    show("\n".join([title, *_summary(manifest, Corpus.open(config.data.prepared_dir))]))
 
 
 @contextmanager
@@ -58,7 +65,9 @@ def _summary(manifest: Manifest, corpus: Corpus) -> Iterator[str]:
             + ", ".join(f"{part['documents']:,} documents {part['tokens']:,} tokens" for part in parts)
             + " (train, heldout)"
         )
-    yield "left out: " + ", ".join(f"{count:,} {reason}" for reason, count in manifest.dropped.items())
+    for reason, count in manifest.dropped.items():
+        if count:
+            yield f"left out: {describe_left_out(reason, count, manifest.dropped_names.get(reason, []))}"
     yield f"tokenizer: {manifest.tokenizer_file}, {manifest.vocab_size:,} tokens, hash {manifest.tokenizer_hash}"
     bins = {split: {low: documents for low, documents, _ in length_histogram(corpus.split(split).lengths)} for split in SPLITS}
     yield f"{'tokens from':>12} {'train':>9} {'heldout':>9}"
@@ -67,4 +76,4 @@ def _summary(manifest: Manifest, corpus: Corpus) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, interrupted="nothing was kept")

@@ -1,9 +1,14 @@
-"""The whole road on real text: prepare, train full attention and MoBA, evaluate, report. `bash scripts/quickstart.sh` calls it.
+"""The whole road on real text: prepare a corpus, train full attention and MoBA, evaluate both, report.
 
-Every step is a command of its own that knows what is done already, so running this again goes on where it stopped. Arguments
-are overrides of both training runs.
+    bash scripts/quickstart.sh [key=value ...]          installs into .venv first
+    python -m scripts.quickstart [key=value ...]
+
+key=value are overrides of both training runs, such as stages.0.tokens=2e6; those of data go to the preparation too.
+Every step is a command of its own that knows what is done already: run again, this goes on where it stopped. Results lie in
+outputs/quickstart; move that folder away to start anew or with other overrides.
 """
 
+import fcntl
 import json
 import os
 import platform
@@ -13,158 +18,225 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
+from typing import Any, NoReturn
+
+if not __package__:  # started by its path: the folder of this file would shadow top-level packages, the root would be missing
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 
-from configs.registry import REPOSITORY, compose, fail
+from configs.registry import REPOSITORY, compose, fail, to_mapping
 from configs.schema import ConfigError, RunConfig
-from scripts.figures import plot_losses, plot_positions
+from scripts.figures import plot_losses, plot_positions, read_metrics
+from scripts.program import run as run_program
 from train.report import main_table
-from train.run_dir import write_atomically
+from train.run_dir import CONFIG_FILE, first_difference, write_atomically
 
 FOLDER = Path("outputs/quickstart")
 ARMS = {"full": "attention.rule=full", "moba": "attention.rule=moba"}
+_OURS = ("experiment", "attention", "attention.rule", "name", "run_dir", "resume", "max_steps")
 _EVERY_SECONDS = 15  # between two lines of progress
 
 
-def main(overrides: list[str]) -> None:
-    """Runs what is not done yet and prints where the report is."""
+def main(arguments: list[str]) -> None:
+    """Runs what is not done yet and prints where the report is. A user's mistake ends in one line and exit status 2."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__, end="")
+        return
     os.chdir(REPOSITORY)
     try:
-        runs = {arm: compose(RunConfig, config_name="train", overrides=_arm_overrides(arm, overrides)) for arm in ARMS}
+        runs = _plan(arguments)
     except ConfigError as error:
         fail(str(error))
     started = time.perf_counter()
-    _say("preparing the corpus")
-    _run([sys.executable, "-m", "scripts.prepare_data", "data=bundled"])
-    _train(runs, overrides)
+    _prepare(arguments)
+    _train(runs, arguments)
     _evaluate(runs)
     report = _write_report(runs, time.perf_counter() - started)
     _say(f"done in {time.perf_counter() - started:.0f} s")
     print("\n".join(str(path) for path in (report, FOLDER / "loss.png", FOLDER / "position.png")))
 
 
+def _plan(overrides: list[str]) -> dict[str, RunConfig]:
+    """The run of each arm. Raises ConfigError for overrides that are ours to set, or that are not those the folder was made with."""
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        if key in _OURS:
+            raise ConfigError(f"{override}: the quickstart sets {key} itself; train.main takes every key")
+    runs = {arm: compose(RunConfig, config_name="train", overrides=_arm_overrides(arm, overrides)) for arm in ARMS}
+    if _label(runs["full"]) == _label(runs["moba"]):
+        raise ConfigError(f"{' '.join(overrides)}: give both runs the attention {_label(runs['full'])}; there is nothing to compare")
+    for run in runs.values():
+        file = Path(run.run_dir) / CONFIG_FILE
+        if file.is_file() and (difference := first_difference(json.loads(file.read_text()), to_mapping(run), "")):
+            key, there, here = difference
+            raise ConfigError(
+                f"{key.removeprefix('.')}={here}: {FOLDER} holds a quickstart with {there}; repeat its overrides, or move the folder away"
+            )
+    return runs
+
+
 def _arm_overrides(arm: str, overrides: list[str]) -> list[str]:
-    return ["experiment=quickstart", ARMS[arm], f"name=quickstart_{arm}", f"run_dir={FOLDER / arm}", *overrides]
+    return ["experiment=quickstart", ARMS[arm], f"name=quickstart_{arm}", f"run_dir={FOLDER / arm}", *overrides, "logging.progress=false"]
 
 
 def _say(text: str) -> None:
     print(f"quickstart: {text}", file=sys.stderr, flush=True)
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, check=False)
-    if done.returncode != 0:
-        raise SystemExit(done.returncode)
+def _run(
+    commands: Mapping[str, list[str]],
+    *,
+    environment: Mapping[str, str],
+    logs: Mapping[str, Path] | None = None,
+    progress: Callable[[], str] | None = None,
+) -> tuple[str, int] | None:
+    """Runs commands side by side, each with all its output in its log where it has one. Returns the first that fails and its status.
+
+    When one fails, or this process is interrupted, the others are told to end, and have ended (training saves first).
+    """
+    started: dict[str, subprocess.Popen[bytes]] = {}
+    said = time.monotonic()
+    try:
+        for name, command in commands.items():
+            started[name] = _start(command, environment, logs[name] if logs else None)
+        while True:
+            running = [process.poll() is None for process in started.values()]
+            failed = next(((name, process.returncode) for name, process in started.items() if process.returncode), None)
+            if failed or not any(running):
+                return failed
+            time.sleep(0.1)
+            if progress and time.monotonic() - said > _EVERY_SECONDS:
+                _say(progress())
+                said = time.monotonic()
+    finally:
+        for process in started.values():
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+        for name, process in started.items():
+            process.wait()
+            if logs:  # the deepspeed CLI ends before the processes it has started
+                with logs[name].open() as file:
+                    fcntl.flock(file, fcntl.LOCK_SH)
 
 
-def _train(runs: dict[str, RunConfig], overrides: list[str]) -> None:
-    """Both arms through the deepspeed CLI: on a GPU one after the other, on CPUs side by side with half the cores each."""
-    waiting = {arm: run for arm, run in runs.items() if not _is_trained(run)}
+def _start(command: list[str], environment: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:
+    """In a session of its own: signals come to it, and to all that it starts, through us alone. All of these hold a lock on the log."""
+    if log is None:
+        return subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            fail(f"{log}: another quickstart is writing it; wait for it to end")
+        file.truncate(0)
+        return subprocess.Popen(command, env=os.environ | environment, start_new_session=True, stdout=file, stderr=file)
+
+
+def _groups(arms: list[str]) -> tuple[list[list[str]], dict[str, str]]:
+    """Arms that compute together, and their environment: on a GPU one after the other, on CPUs side by side with half the cores each."""
     if torch.cuda.is_available():
-        for arm, run in waiting.items():
-            _wait({arm: _launch(arm, overrides, environment={})}, {arm: run})
-    else:
-        _wait({arm: _launch(arm, overrides, _share_of_cores()) for arm in waiting}, waiting)
+        return [[arm] for arm in arms], {}
+    return [arms] if arms else [], {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // len(ARMS)))}
+
+
+def _prepare(overrides: list[str]) -> None:
+    _say("preparing the corpus")
+    of_data = [override for override in overrides if override.lstrip("+~").startswith(("data=", "data."))]
+    if failed := _run({"preparation": [sys.executable, "-m", "scripts.prepare_data", "data=bundled", *of_data]}, environment={}):
+        raise SystemExit(failed[1])
+
+
+def _train(runs: Mapping[str, RunConfig], overrides: list[str]) -> None:
+    """What is not trained yet, through the deepspeed CLI."""
+    groups, environment = _groups([arm for arm, run in runs.items() if not _is_trained(run)])
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the launcher starts `python`, which must be this one
+    deepspeed = shutil.which("deepspeed", path=path)
+    if deepspeed is None:
+        fail("deepspeed: no such command beside this Python or on PATH; bash scripts/setup.sh installs it")
+    for group in groups:
+        commands = {arm: _training_command(deepspeed, arm, overrides) for arm in group}
+        for command in commands.values():
+            _say("training: " + " ".join(["deepspeed", *command[1:]]))
+        failed = _run(
+            commands,
+            environment=environment | {"PATH": path},
+            logs={arm: FOLDER / f"{arm}.log" for arm in group},
+            progress=lambda: ", ".join(f"{arm} {_progress(run)}" for arm, run in runs.items()),
+        ) or next(((arm, 0) for arm in group if not _is_trained(runs[arm])), None)
+        if failed:
+            _end_with_log(*failed)
+
+
+def _end_with_log(arm: str, status: int) -> NoReturn:
+    log = FOLDER / f"{arm}.log"
+    errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error:")]
+    _say(f"training {arm} ended with status {status}; see {log}")
+    if errors:
+        print(errors[-1], file=sys.stderr)
+    raise SystemExit(2 if errors else 1)
+
+
+def _training_command(deepspeed: str, arm: str, overrides: list[str]) -> list[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [deepspeed, "--module", "--no_local_rank", "--num_gpus", "1", "--master_port", str(port)]
+    return [*launcher, "train.main", *_arm_overrides(arm, overrides)]
 
 
 def _is_trained(run: RunConfig) -> bool:
     return (Path(run.run_dir) / "checkpoints" / f"step_{run.total_steps:08d}").is_dir()
 
 
-def _launch(arm: str, overrides: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the launcher starts `python`, which must be this one
-    deepspeed = shutil.which("deepspeed", path=path)
-    if deepspeed is None:
-        fail("deepspeed: no such command beside this Python or on PATH; bash scripts/setup.sh installs it")
-    command = [deepspeed, "--module", "--no_local_rank", "--num_gpus", "1", "--master_port", str(port), "train.main"]
-    command += [*_arm_overrides(arm, overrides), "logging.progress=false"]
-    _say("training: " + " ".join(["deepspeed", *command[1:]]))
-    log = FOLDER / f"{arm}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
-        return subprocess.Popen(command, env=os.environ | environment | {"PATH": path}, stdout=file, stderr=file, start_new_session=True)
-
-
-def _wait(launches: dict[str, subprocess.Popen[bytes]], runs: dict[str, RunConfig]) -> None:
-    """Follows the launches to their end; when interrupted, passes the signal on, so that they save before this process ends."""
-    previous = {number: signal.signal(number, _interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        while any(process.poll() is None for process in launches.values()):
-            _sleep(launches)
-            _say(", ".join(f"{arm} {_progress(runs[arm])}" for arm in launches))
-    except KeyboardInterrupt:
-        for process in launches.values():
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
-        for process in launches.values():
-            process.wait()
-        raise SystemExit("quickstart: interrupted; run it again to go on") from None
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    for arm, process in launches.items():
-        if process.returncode != 0 or not _is_trained(runs[arm]):
-            raise SystemExit(f"quickstart: training {arm} ended with status {process.returncode}; see {FOLDER / arm}.log")
-
-
-def _interrupted(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _sleep(launches: dict[str, subprocess.Popen[bytes]]) -> None:
-    until = time.monotonic() + _EVERY_SECONDS
-    while time.monotonic() < until and any(process.poll() is None for process in launches.values()):
-        time.sleep(0.2)
-
-
 def _progress(run: RunConfig) -> str:
-    steps = [line for line in _metrics(run) if "event" not in line]
+    steps = _steps(run)
     if not steps:
         return "starting"
     last = steps[-1]
-    return f"step {last['step']}/{run.total_steps} loss {last['loss']:.3f} {last['tokens_per_second']:,.0f} tok/s"
+    return f"step {last['step']}/{run.total_steps} loss {_last(steps, 'loss')} {last['tokens_per_second']:,.0f} tok/s"
 
 
-def _metrics(run: RunConfig) -> list[dict]:
+def _metrics(run: RunConfig) -> list[dict[str, Any]]:
     path = Path(run.run_dir) / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return read_metrics(path) if path.exists() else []
 
 
-def _evaluate(runs: dict[str, RunConfig]) -> None:
-    """Both arms' weights, each under both attentions; on CPUs side by side."""
-    waiting = {arm: run for arm, run in runs.items() if not _is_evaluated(run)}
+def _steps(run: RunConfig) -> list[dict[str, Any]]:
+    return [line for line in _metrics(run) if "event" not in line]
+
+
+def _last(lines: list[dict[str, Any]], key: str) -> str:
+    """The last of a loss; training writes none where it is not finite."""
+    value = lines[-1][key] if lines else None
+    return "none" if value is None else f"{value:.3f}"
+
+
+def _evaluate(runs: Mapping[str, RunConfig]) -> None:
+    """Both arms' weights, each under both attentions."""
     settings = json.dumps([_label(run) for run in runs.values()])
-    commands = {
-        arm: [sys.executable, "-m", "scripts.evaluate", f"checkpoint={run.run_dir}", f"data.prepared_dir={run.data.prepared_dir}",
-              f"contexts=[{run.stages[-1].seq_len}]", f"attentions={settings}", "max_documents=8", "max_document_tokens=8192"]
-        for arm, run in waiting.items()
-    }  # fmt: skip
-    if waiting:
-        _say(f"evaluating {' and '.join(waiting)} on held-out long documents")
-    if torch.cuda.is_available():
-        for command in commands.values():
-            _run(command)
-    else:
-        processes = [subprocess.Popen(command, env=os.environ | _share_of_cores()) for command in commands.values()]
-        statuses = [process.wait() for process in processes]
-        if any(statuses):
-            raise SystemExit("quickstart: evaluation failed")
+    groups, environment = _groups([arm for arm, run in runs.items() if not _is_evaluated(run)])
+    for group in groups:
+        _say(f"evaluating {' and '.join(group)} on held-out long documents")
+        failed = _run({arm: _evaluation_command(runs[arm], settings) for arm in group}, environment=environment)
+        if failed:
+            _say(f"evaluating {failed[0]} ended with status {failed[1]}")
+            raise SystemExit(failed[1])
+
+
+def _evaluation_command(run: RunConfig, settings: str) -> list[str]:
+    places = [f"checkpoint={run.run_dir}", f"data.prepared_dir={run.data.prepared_dir}"]
+    documents = ["max_documents=8", "max_document_tokens=8192"]
+    return [sys.executable, "-m", "scripts.evaluate", *places, f"attentions={settings}", *documents]
 
 
 def _is_evaluated(run: RunConfig) -> bool:
     result, latest = Path(run.run_dir) / "evaluation" / "evaluation.json", Path(run.run_dir) / "checkpoints" / "latest"
     return result.exists() and result.stat().st_mtime > latest.stat().st_mtime
-
-
-def _share_of_cores() -> dict[str, str]:
-    return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // len(ARMS)))}
 
 
 def _write_report(runs: dict[str, RunConfig], seconds: float) -> Path:
@@ -186,10 +258,10 @@ def _report_text(runs: dict[str, RunConfig], results: dict[str, dict], seconds: 
     run = runs["moba"]
     rows = []
     for arm in ARMS:
-        steps = [line for line in _metrics(runs[arm]) if "event" not in line]
+        steps = _steps(runs[arm])
         speeds = sorted(line["tokens_per_second"] for line in steps)
-        heldout = [line["heldout_loss"] for line in _metrics(runs[arm]) if line.get("event") == "evaluation"]
-        losses = f"{steps[-1]['loss']:.3f} | {heldout[-1]:.3f}"
+        heldout = [line for line in _metrics(runs[arm]) if line.get("event") == "evaluation"]
+        losses = f"{_last(steps, 'loss')} | {_last(heldout, 'heldout_loss')}"
         rows.append(f"| {_label(runs[arm])} | {steps[-1]['tokens']:,} | {losses} | {speeds[len(speeds) // 2]:,.0f} |")
     documents = results["moba"]["documents"]
     return "\n".join(
@@ -222,4 +294,4 @@ def _machine() -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(lambda: main(sys.argv[1:]), interrupted="run it again to go on")

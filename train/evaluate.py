@@ -55,12 +55,17 @@ def attention_label(rule: str, layers: Sequence[LayerAttention]) -> str:
     return str(layers[0]) if len(set(layers)) == 1 else rule
 
 
-def check_contexts(config: EvaluateConfig, run: RunConfig) -> None:
-    """Raises ConfigError for a context length that the model has no positions for."""
-    for context in config.contexts:
-        if context > run.model.max_seq_len:
-            limit = run.model.max_seq_len
+def context_lengths(config: EvaluateConfig, run: RunConfig, stage: StageConfig) -> tuple[int, ...]:
+    """The context lengths to try on a checkpoint of `stage`, in tokens, equal ones once.
+
+    Raises ConfigError for one that the model has no positions for.
+    """
+    contexts = tuple(dict.fromkeys(config.contexts or (stage.seq_len,)))
+    limit = run.model.max_seq_len
+    for context in contexts:
+        if context > limit:
             raise ConfigError(f"contexts={context}: is beyond the positions the checkpoint's RoPE is set up for, model.max_seq_len={limit}")
+    return contexts
 
 
 def open_corpus(config: EvaluateConfig, state: TrainingState) -> Corpus:

@@ -1,7 +1,5 @@
 """Preparation: the same bytes from any number of workers, held-out by text, complete or absent."""
 
-import errno
-import os
 import resource
 import subprocess
 import sys
@@ -16,6 +14,7 @@ import pytest
 
 import data.prepare
 from configs.schema import ConfigError, SourceConfig, SourceFormat, TokenizerConfig, TokenizerKind
+from data.loader import IGNORE, build_loader
 from data.prepare import find_prepared, prepare
 from data.shards import Corpus, length_histogram
 from tests.data.conftest import make_texts
@@ -47,12 +46,31 @@ def test_every_document_comes_back_from_the_split_its_text_decides(jsonl_config)
     train, heldout = texts_of(corpus, "train"), texts_of(corpus, "heldout")
     assert sorted(train + heldout) == sorted(texts) and not set(train) & set(heldout) and heldout
     assert manifest.dropped == {"invalid_utf8": 0, "empty": 2, "duplicate": 1, "too_short": 1}
+    source = config.sources[0].path
+    assert manifest.dropped_names == {
+        "duplicate": [f"{source}:61"],
+        "empty": [f"{source}:62", f"{source}:63"],
+        "too_short": [f"{source}:64"],
+    }
     counts = manifest.splits["train"]
     assert counts.documents == len(train) and counts.bytes == sum(len(text.encode()) for text in train)
     assert counts.tokens == corpus.split("train").lengths.sum() and counts.longest == corpus.split("train").lengths.max()
     assert counts.by_source == {"lines": {"documents": counts.documents, "tokens": counts.tokens, "bytes": counts.bytes}}
     assert len(counts.shards) > 2 and corpus.split("train").source(0) == "lines"
     assert sum(documents for _, documents, _ in length_histogram(corpus.split("train").lengths)) == counts.documents
+
+
+def test_documents_of_a_token_or_none_are_left_out_or_trained_on_as_asked(jsonl_config, tmp_path):
+    texts = ["", "x", "y", "z", *make_texts(20)]
+    lengths = {}
+    for least, dropped in ((1, 0), (2, 3)):
+        config = jsonl_config(texts, min_document_tokens=least, prepared_dir=str(tmp_path / f"least{least}"), heldout_fraction=0.0)
+        assert prepare(config).dropped == {"invalid_utf8": 0, "empty": 1, "duplicate": 0, "too_short": dropped}
+        loader = build_loader(config.prepared_dir, seq_len=64, rows_per_step=4, micro_batch_rows=4)
+        seen = [batch for _ in range(loader.epoch_tokens // 256) for batch in loader.next_step()]
+        assert all((batch.labels != IGNORE).sum() == batch.num_targets > 0 for batch in seen)
+        lengths[least] = sorted(Corpus.open(config.prepared_dir).split("train").lengths.tolist())
+    assert lengths[1] == [3, 3, 3, *lengths[2]]  # a token between its separators
 
 
 def test_output_does_not_depend_on_workers(jsonl_config, tmp_path, monkeypatch):
@@ -114,7 +132,7 @@ def test_a_finished_corpus_is_reused_and_another_config_refused(jsonl_config, tm
     with pytest.raises(ConfigError, match=r"data.heldout_fraction=0.3, it was prepared with 0.2.*overwrite=true"):
         prepare(replace(config, heldout_fraction=0.3))
     source = replace(config.sources[0], max_documents=15)
-    with pytest.raises(ConfigError, match=r"data.sources\[0\].max_documents=15"):
+    with pytest.raises(ConfigError, match=r"data.sources.0.max_documents=15"):
         prepare(replace(config, sources=(source,)))
     smaller = prepare(replace(config, sources=(source,)), overwrite=True)
     assert sum(split.documents for split in smaller.splits.values()) == 15
@@ -125,7 +143,8 @@ def test_a_finished_corpus_is_reused_and_another_config_refused(jsonl_config, tm
     ("texts", "changes", "message"),
     [
         ([], {}, r"no documents \(left out: none\)"),
-        (["", "x"], {}, r"no documents \(left out: 1 empty, 1 too_short\)"),
+        (["", "x"], {}, r"no documents \(left out: 1 empty \(.*texts.jsonl:1\), 1 too_short \(.*texts.jsonl:2\)\)"),
+        (["\0", "\0\0"] * 10, {"tokenizer": TokenizerConfig(vocab_size=384), "heldout_fraction": 0.0}, "vocab_size=384: there is no text"),
         (make_texts(5), {"heldout_fraction": 1.0}, "all 5 documents are held out"),
         (make_texts(5), {"heldout_fraction": 1e-9}, "none of 5 documents is held out"),
         (make_texts(5), {"sources": ()}, "at least one source"),
@@ -164,38 +183,22 @@ def test_a_vocabulary_over_16_bits_is_kept_whole(jsonl_config, monkeypatch):
     assert ids.dtype == np.uint32 and ids[-1] == 69_999
 
 
-def test_a_full_disk_leaves_nothing_and_keeps_what_was(jsonl_config, tmp_path, monkeypatch):
-    config = jsonl_config(make_texts(40))
+def test_a_write_that_the_kernel_refuses_leaves_nothing_and_keeps_what_was(jsonl_config, tmp_path):
+    """A limit on the size of files ends a shard in its middle, as a full disk does."""
+    config = jsonl_config(make_texts(200))
     prepare(config)
     before = contents(config)
     other = replace(config, heldout_fraction=0.3)
-
-    class Full(data.prepare.SplitWriter):
-        def append(self, *given, **named):
-            if self.documents == 10:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            super().append(*given, **named)
-
-    monkeypatch.setattr(data.prepare, "SplitWriter", Full)
-    with pytest.raises(ConfigError, match=r"the disk is full .*No space left.*nothing was kept"):
-        prepare(other, overwrite=True)
-    assert contents(config) == before
-    with pytest.raises(ConfigError, match="disk is full"):
-        prepare(replace(other, prepared_dir=str(tmp_path / "fresh")))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "texts.jsonl"]
-
-
-def test_a_real_write_that_fails_leaves_nothing(jsonl_config, tmp_path):
-    """The kernel refuses the write (file size limit), in the middle of a shard."""
-    config = jsonl_config(make_texts(200))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, hard))
     try:
-        with pytest.raises(ConfigError, match="the disk is full"):
-            prepare(config)
+        for target in ("corpus", "fresh"):
+            with pytest.raises(ConfigError, match=rf"data.prepared_dir={tmp_path}/{target}: the disk is full .*nothing was kept"):
+                prepare(replace(other, prepared_dir=str(tmp_path / target)), overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [p.name for p in tmp_path.iterdir()] == ["texts.jsonl"]
+    assert contents(config) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "texts.jsonl"]
 
 
 def test_what_is_not_ours_is_left_alone(jsonl_config, tmp_path):

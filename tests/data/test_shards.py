@@ -1,11 +1,13 @@
 """A corpus that is missing, cut, altered or of another tokenizer is refused, and the file is named."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
-from configs.schema import ConfigError
+from configs.registry import compose
+from configs.schema import ConfigError, PrepareConfig
 from data.prepare import prepare
 from data.shards import Corpus, verify_corpus
 from tests.data.conftest import make_texts
@@ -25,8 +27,16 @@ def refused(folder, **given) -> str:
     return str(refusal.value)
 
 
-def test_missing_corpus_names_the_command(tmp_path):
-    assert "python -m scripts.prepare_data data=books" in refused(tmp_path / "books")
+def test_missing_corpus_names_the_key_and_a_command_that_works(tmp_path):
+    folder = tmp_path / "my books"
+    message = refused(folder)
+    assert message.startswith(f"data.prepared_dir={folder}: no prepared corpus there")
+    program, *overrides = shlex.split(message.split("`")[1])[2:]
+    assert program == "scripts.prepare_data"
+    assert compose(PrepareConfig, config_name="prepare_data", overrides=overrides).data.prepared_dir == str(folder)
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")  # where preparing would be refused
+    assert refused(folder) == f"data.prepared_dir={folder}: is no prepared corpus, manifest.json is missing; name another folder"
 
 
 @pytest.mark.parametrize(
@@ -47,7 +57,7 @@ def test_every_harm_to_every_file_is_refused_by_name(folder, name, harm):
         path.unlink()
     message = refused(folder)
     if (name, harm) == ("manifest.json", "remove"):
-        assert "no prepared corpus there" in message
+        assert "is no prepared corpus, manifest.json is missing" in message
         return
     assert name in message and "overwrite=true" in message
     if name == "tokenizer.model" and harm == "flip":
@@ -68,6 +78,18 @@ def test_large_corpora_skip_only_the_shards_checksums(folder):
     content[-1] ^= 1
     index.write_bytes(content)
     assert "train-index.npy" in refused(folder, verify=False)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "12", '"text"', "{}", "[" * 100_000, '{"checksum": 1, "format_version": 1}'])
+def test_a_manifest_that_is_none_is_refused(folder, content):
+    (folder / "manifest.json").write_text(content)
+    assert f"{folder}/manifest.json: " in refused(folder)
+
+
+def test_what_the_system_refuses_to_read_is_named(folder):
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").mkdir()  # not even root reads a folder as a file
+    assert f"{folder}/manifest.json: cannot be read (Is a directory)" in refused(folder)
 
 
 def test_another_format_is_refused(folder):

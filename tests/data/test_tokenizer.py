@@ -71,6 +71,10 @@ def test_huggingface_separators_come_from_the_settings_beside(huggingface_folder
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "eos_token": {"content": "</s>"}}))
     assert load_tokenizer(tmp_path).eos_id == 1
+    (tmp_path / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"tokenizer_config.json beside it is a list, not an object"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
     content["added_tokens"] = []
     content["model"]["vocab"] = {
         ("!a" if key == "<s>" else "!b" if key == "</s>" else key): i for key, i in content["model"]["vocab"].items()
@@ -85,9 +89,18 @@ def test_training_is_deterministic():
     assert train_tokenizer(texts, vocab_size=320) == train_tokenizer(texts, vocab_size=320)
 
 
-def test_too_large_a_vocabulary_is_named():
-    with pytest.raises(ConfigError, match=r"vocab_size=8192: .*support") as refusal:
-        train_tokenizer(["a few words"], vocab_size=8192)
+@pytest.mark.parametrize(
+    ("texts", "fits"),
+    [
+        (["a few words"], "is too high for so little text, which gives at most 284 tokens"),
+        (["".join(map(chr, range(0x4E00, 0x5200)))], "is too low, the characters of the text alone need 12"),
+        ([], "there is no text to learn from"),
+        (["\0\0", "\0abc\n\0"], "there is no text to learn from"),
+    ],
+)
+def test_a_vocabulary_that_the_text_does_not_give_is_named_with_one_that_it_does(texts, fits):
+    with pytest.raises(ConfigError, match=rf"^data.tokenizer.vocab_size=1000: {fits}") as refusal:
+        train_tokenizer(texts, vocab_size=1000)
     assert "\n" not in str(refusal.value)
 
 

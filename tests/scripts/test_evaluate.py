@@ -36,9 +36,9 @@ from model.init import initialise
 from model.transformer import Transformer
 from scripts import evaluate as door
 from scripts.evaluate import evaluate
-from scripts.figures import plot_losses, plot_positions, short_count
+from scripts.figures import plot_losses, plot_positions, read_metrics, short_count
 from tests.data.conftest import make_texts, write_jsonl
-from tests.train.helpers import overrides
+from tests.train.helpers import execute, overrides
 from train.engine import load_weights
 from train.evaluate import Scores, choose_documents, document_losses, windows
 
@@ -256,13 +256,33 @@ def test_the_report_is_complete_and_the_same_again(asked, tmp_path, corpus, runs
     assert figures_of(evaluate(config)) == figures_of(report)
 
 
-def test_every_zero_stage_loads_and_the_trained_attention_is_the_default(asked, runs):
-    found = {stage: evaluate(asked(f"checkpoint={runs[stage]}", "output_dir=''", "contexts=[64]")) for stage in STAGES}
+def test_every_zero_stage_loads_and_what_was_trained_is_the_default(asked, runs):
+    found = {stage: evaluate(asked(f"checkpoint={runs[stage]}/checkpoints", "output_dir=''", "contexts=[]")) for stage in STAGES}
     for stage, report in found.items():
         assert report["output_dir"] == str(runs[stage] / "evaluation")
-        assert [result["attention"] for result in report["results"]] == ["moba(32, 2)"]
+        assert [(result["attention"], result["context"]) for result in report["results"]] == [("moba(32, 2)", 128)]
         assert report["results"][0]["loss"] == pytest.approx(found[0]["results"][0]["loss"], abs=1e-3)
         assert report["results"][0]["loss"] < math.log(512) - 0.1  # trained weights, not fresh ones
+
+
+def test_a_single_result_makes_a_whole_report(asked, tmp_path):
+    report = evaluate(asked(f"output_dir={tmp_path}", "contexts=[]", "max_documents=1", "max_document_tokens=2"))
+    assert [len(report["results"]), report["documents"]["scored_tokens"]] == [1, 1]  # one token of one document, by hand:
+    (result,) = report["results"]
+    bucket = {
+        "documents": 1,
+        "tokens": 1,
+        "nats": result["nats"],
+        "loss": result["nats"],
+        "perplexity": pytest.approx(math.exp(result["nats"])),
+    }
+    assert result["by_position"] == [{"low": 1, "high": 2} | bucket] and result["by_length"] == [{"low": 2, "high": 4} | bucket]
+    assert result["bits_per_byte"] is None or result["bits_per_byte"] == result["nats"] / math.log(2) / result["text_bytes"]
+    text = (tmp_path / "evaluation.md").read_text()
+    perplexity = f"{math.exp(result['nats']):,.2f}"
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    assert ["1 to 1", "1", "1", perplexity] in rows and ["2 to 3", "1", "1", perplexity] in rows
+    assert sum(row[:2] == ["moba(32, 2)", "128"] for row in rows) == 1 and (tmp_path / "position.png").stat().st_size > 5000
 
 
 def test_cut_documents_and_bf16(asked):
@@ -281,6 +301,9 @@ def test_the_command_prints_the_table_and_the_files(asked, runs, corpus, capsys,
     door.main()
     printed = capsys.readouterr().out
     assert "| moba(32, 2) |      16 |" in printed and f"{runs[1]}/evaluation/evaluation.md" in printed
+    by_path = [sys.executable, str(REPOSITORY / "scripts" / "evaluate.py"), *arguments]
+    done = execute(by_path, cwd=runs[1])
+    assert done.returncode == 0 and done.stdout.splitlines()[-3:] == printed.splitlines()[-3:], done.stderr
     monkeypatch.setattr(sys, "argv", ["evaluate", "contexts=[16]"])
     with pytest.raises(SystemExit) as ended:
         door.main()
@@ -361,7 +384,8 @@ def test_figures_take_single_points_infinite_values_and_cut_files(tmp_path):
         {"event": "evaluation", "step": 1, "heldout_loss": 3.1},
         {"step": 2, "loss": None, "tokens": 1024},
     ]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 3, "lo')
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n12\n[]\n{"step": 3, "lo')
+    assert read_metrics(tmp_path / "metrics.jsonl") == lines
     (tmp_path / "empty.jsonl").write_text("")
     plot_losses(tmp_path / "c.png", {"run": tmp_path / "metrics.jsonl", "begun": tmp_path / "empty.jsonl"})
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in "abc")

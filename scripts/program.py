@@ -1,0 +1,47 @@
+"""What every command shares: how it ends when it is interrupted, and how it shows its result."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from configs.registry import fail
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class _Interrupt(BaseException):
+    """Raised where a signal finds the program: blocks that clean up after themselves do so on the way out."""
+
+
+def run(main: Callable[[], None], *, interrupted: str) -> None:
+    """Calls `main`. A first SIGINT, SIGTERM or SIGHUP ends it with one line that says what became of the work, `interrupted`.
+
+    The exit status is then 128 + the signal's number, as a shell counts.
+    """
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and background jobs have it
+            signal.signal(number, _interrupt)
+    try:
+        main()
+    except _Interrupt as interrupt:
+        number = interrupt.args[0]
+        print(f"interrupted by {signal.Signals(number).name}: {interrupted}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + number) from None
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)  # cleaning up is not interrupted
+    raise _Interrupt(number)
+
+
+def show(text: str) -> None:
+    """Prints the result of a command whose work is done. A reader that has left (`| head`) is no mistake; a full disk is one."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer would fail once more at exit
+        if not isinstance(error, BrokenPipeError):
+            fail(f"standard output: {error.strerror}; the work itself is done")
