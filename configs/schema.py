@@ -230,8 +230,6 @@ class SourceConfig:
     def __post_init__(self) -> None:
         _require(bool(self.name), "name", repr(self.name), "must not be empty")
         _at_least(self, 0, "max_documents")
-        bundled = self.format in (SourceFormat.SOTU, SourceFormat.PYTHON_STDLIB)
-        _require(bundled or bool(self.path), "path", repr(self.path), f"must be given for format={self.format.value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +278,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _fraction(self, "heldout_fraction")
+        _require(bool(self.prepared_dir), "prepared_dir", repr(self.prepared_dir), "must not be empty")
         _at_least(self, 1, "min_document_tokens", "shard_tokens")
         _at_least(self, 0, "num_workers")
         names = [source.name for source in self.sources]
@@ -447,6 +446,12 @@ class PrepareConfig:
     data: DataConfig = field(default_factory=DataConfig)
     overwrite: bool = False
     """Build again although prepared_dir holds a finished corpus."""
+
+    def __post_init__(self) -> None:
+        for index, source in enumerate(self.data.sources):  # training and evaluation read the shards alone
+            bundled = source.format in (SourceFormat.SOTU, SourceFormat.PYTHON_STDLIB)
+            key = f"data.sources.{index}.path"
+            _require(bundled or bool(source.path), key, repr(source.path), f"must be given for format={source.format.value}")
 
 
 @dataclass(frozen=True, kw_only=True)

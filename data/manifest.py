@@ -11,12 +11,12 @@ import hashlib
 import json
 import shlex
 from dataclasses import asdict, dataclass, field, fields
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from configs.mapping import to_mapping
 from configs.schema import ConfigError, DataConfig
 
 FORMAT_VERSION = 1
@@ -129,23 +129,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 def config_content(config: DataConfig) -> dict[str, Any]:
     """The fields that decide what a corpus holds, as JSON values."""
-    content = {key: value for key, value in asdict(config).items() if key not in _NOT_CONTENT}
-    return json.loads(json.dumps(content, default=lambda value: value.value if isinstance(value, Enum) else str(value)))
-
-
-def first_difference(made: Any, asked: Any, key: str = "") -> str:
-    """`KEY=A, it was prepared with B` for the first place where two config contents differ; empty where they are equal."""
-    if isinstance(made, dict) and isinstance(asked, dict):
-        for name in dict.fromkeys([*asked, *made]):
-            if difference := first_difference(made.get(name), asked.get(name), f"{key}.{name}" if key else name):
-                return difference
-    elif isinstance(made, list) and isinstance(asked, list) and len(made) == len(asked):
-        for i, (one, other) in enumerate(zip(made, asked, strict=True)):
-            if difference := first_difference(one, other, f"{key}.{i}"):
-                return difference
-    elif made != asked:
-        return f"{key}={asked}, it was prepared with {made}"
-    return ""
+    return {key: value for key, value in to_mapping(config).items() if key not in _NOT_CONTENT}
 
 
 def _own_checksum(content: dict[str, Any]) -> str:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from configs.mapping import first_difference
 from configs.schema import ConfigError, DataConfig, TokenizerKind
 from data.documents import LeftOut, read_documents
-from data.manifest import FILE_NAME, SPLITS, Manifest, config_content, describe_file, first_difference, is_occupied
+from data.manifest import FILE_NAME, SPLITS, Manifest, config_content, describe_file, is_occupied
 from data.shards import Corpus
 from data.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer, train_tokenizer
 from data.workers import resolve_workers, tokenise
@@ -71,8 +72,11 @@ def find_prepared(config: DataConfig) -> Manifest | None:
     if not os.path.exists(target / FILE_NAME):
         return None
     manifest = Corpus.open(target).manifest
-    if difference := first_difference(manifest.config, config_content(config)):
-        raise ConfigError(f"data.{difference}: {target} holds another corpus; overwrite=true replaces it, or name another prepared_dir")
+    if difference := first_difference(manifest.config, config_content(config), "data"):
+        key, made, asked = difference
+        raise ConfigError(
+            f"{key}={asked}: {target} was prepared with {made}; overwrite=true replaces it, or name another data.prepared_dir"
+        )
     return manifest
 
 

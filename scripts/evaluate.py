@@ -24,11 +24,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from configs.registry import command, to_mapping
+from configs.mapping import to_mapping
+from configs.registry import command, show
 from configs.schema import ConfigError, EvaluateConfig, Precision
 from model.transformer import Transformer
 from scripts.figures import plot_positions
-from scripts.program import run, show
+from scripts.program import run
 from train.checkpoint import read_state, resolve
 from train.distributed import choose_device
 from train.engine import load_weights
@@ -93,9 +94,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _find(config: EvaluateConfig) -> Path:
-    given = Path(config.checkpoint)
     try:
-        return resolve(str(given.parent if given.name == "checkpoints" else given), lambda text: print(text, file=sys.stderr))
+        return resolve(config.checkpoint, lambda text: print(text, file=sys.stderr))
     except ConfigError as error:
         raise ConfigError(f"checkpoint={error}") from None
 

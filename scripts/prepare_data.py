@@ -15,14 +15,14 @@ if not __package__:  # started by its path: the folder of this file would shadow
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
-from configs.registry import command
+from configs.registry import command, show
 from configs.schema import PrepareConfig
 from data.documents import describe_left_out
 from data.manifest import SPLITS, Manifest
 from data.prepare import Progress as Report
 from data.prepare import find_prepared, prepare
 from data.shards import Corpus, length_histogram
-from scripts.program import run, show
+from scripts.program import run
 
 
 @command(PrepareConfig, config_name="prepare_data")

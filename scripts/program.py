@@ -1,12 +1,9 @@
-"""What every command shares: how it ends when it is interrupted, and how it shows its result."""
+"""What every command shares: how it ends when it is interrupted."""
 
-import os
 import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-
-from configs.registry import fail
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -35,13 +32,3 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     for each in _SIGNALS:
         signal.signal(each, signal.SIG_IGN)  # cleaning up is not interrupted
     raise _Interrupt(number)
-
-
-def show(text: str) -> None:
-    """Prints the result of a command whose work is done. A reader that has left (`| head`) is no mistake; a full disk is one."""
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer would fail once more at exit
-        if not isinstance(error, BrokenPipeError):
-            fail(f"standard output: {error.strerror}; the work itself is done")

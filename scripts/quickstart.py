@@ -28,12 +28,13 @@ if not __package__:  # started by its path: the folder of this file would shadow
 
 import torch
 
-from configs.registry import REPOSITORY, compose, fail, to_mapping
+from configs.mapping import first_difference, to_mapping
+from configs.registry import REPOSITORY, compose, fail
 from configs.schema import ConfigError, RunConfig
 from scripts.figures import plot_losses, plot_positions, read_metrics
 from scripts.program import run as run_program
 from train.report import main_table
-from train.run_dir import CONFIG_FILE, first_difference, write_atomically
+from train.run_dir import CONFIG_FILE, write_atomically
 
 FOLDER = Path("outputs/quickstart")
 ARMS = {"full": "attention.rule=full", "moba": "attention.rule=moba"}

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.train.helpers import execute
 
@@ -60,9 +61,20 @@ def test_a_mistake_ends_in_one_line_and_status_2(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_help_is_hydras():
+def test_help_shows_every_key():
     done = execute([sys.executable, "-m", "train.main", "--help"])
     assert done.returncode == 0 and "train.main" in done.stdout and "optim:" in done.stdout
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun", "--verbose"])
+def test_an_unknown_flag_is_one_line(flag):
+    done = execute([sys.executable, "-m", "train.main", flag, "seed=1,2"])
+    assert (done.returncode, done.stderr) == (2, f"error: {flag}: no such flag; accepted: --help, --cfg, and key=value\n")
+
+
+def test_cfg_shows_the_run_that_the_arguments_make():
+    done = execute([sys.executable, "-m", "train.main", "--local_rank=0", "--cfg", "job", "stages.0.attention.rule=full"])
+    assert done.returncode == 0 and yaml.safe_load(done.stdout)["stages"][0]["attention"]["rule"] == "full"
 
 
 def test_started_by_its_path_from_another_folder_it_works(tmp_path):

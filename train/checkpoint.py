@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from configs.registry import from_mapping, to_mapping
+from configs.mapping import first_difference, from_mapping, to_mapping
 from configs.schema import CheckpointConfig, ConfigError, RunConfig
 from train.distributed import Ranks, from_main, gather_objects, on_main
 from train.engine import Engine
-from train.run_dir import CHECKPOINTS, DISK_FULL, first_difference, unwritable, write_atomically
+from train.run_dir import CHECKPOINTS, DISK_FULL, unwritable, write_atomically
 from train.stages import place_of
 
 _NAME = re.compile(r"^step_(\d{8})$")

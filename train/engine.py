@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from configs.schema import OptimConfig, ParallelConfig, Precision
+from configs.schema import ConfigError, OptimConfig, ParallelConfig, Precision
 from data.loader import Batch
 from model.transformer import Transformer
 from train.distributed import Ranks
@@ -61,14 +61,23 @@ def deepspeed_config(parallel: ParallelConfig, optim: OptimConfig, num_parameter
 
 @contextlib.contextmanager
 def processes(ranks: Ranks) -> Iterator[None]:
-    """Inside it, this process is in the group of all ranks (NCCL on GPUs, gloo on CPUs) and has its share of the cores."""
+    """Inside it, this process is in the group of all ranks (NCCL on GPUs, gloo on CPUs) and has its share of the cores.
+
+    Raises ConfigError where the ranks cannot meet: another launch has the port, or the main node is not reached.
+    """
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     elif "OMP_NUM_THREADS" not in os.environ:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-    _deepspeed(ranks.device).init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    package = _deepspeed(ranks.device)
+    try:
+        package.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    except dist.DistNetworkError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"the ranks cannot meet at {place} ({reason}); is another launch there? deepspeed --master_port=N moves it") from None
     try:
         yield
     finally:

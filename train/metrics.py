@@ -14,9 +14,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from configs.registry import to_mapping
-from configs.schema import LoggingConfig, RunConfig
-from train.run_dir import write_atomically
+from configs.mapping import to_mapping
+from configs.schema import ConfigError, LoggingConfig, RunConfig
+from train.run_dir import unwritable, write_atomically
 
 FILE = "metrics.jsonl"
 # Dense bf16 peak of one GPU in FLOP/s, from the vendor's data sheets; MFU is left out on anything else.
@@ -52,32 +52,38 @@ class _JsonLines:
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if _is_before(line, first_step)]
             write_atomically(path, "".join(f"{line}\n" for line in lines))
+        self._path = path
         self._file = path.open("a", buffering=1)
 
     def write(self, values: Mapping[str, Any]) -> None:
         # JSON knows no NaN: a loss that is not finite is written as null.
         plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
-        self._file.write(json.dumps(plain) + "\n")
+        try:
+            self._file.write(json.dumps(plain) + "\n")
+        except OSError as error:
+            raise unwritable(str(self._path), error) from None
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written has been said
+            self._file.close()
 
 
 def _is_before(line: str, first_step: int) -> bool:
     try:
         values = json.loads(line)
-    except ValueError:  # the line that a kill cut short
+        step, event = values["step"], values.get("event")
+    except (ValueError, TypeError, KeyError, AttributeError):  # the line that a kill cut short
         return False
     # A switch comes after the checkpoint of its step, so the resumed run passes it, and writes it, once more.
-    return values["step"] < first_step or (values["step"] == first_step and values.get("event") != "switch")
+    return step < first_step or (step == first_step and event != "switch")
 
 
 class _Terminal:
     def __init__(self, run: RunConfig, first_step: int) -> None:
         self._every = run.logging.every_steps
         console = Console(file=sys.stderr)
-        bar, text = BarColumn(bar_width=20), TextColumn("{task.fields[text]}")
-        columns = (TextColumn("{task.description}"), bar, text, TimeRemainingColumn(compact=True))
+        bar, text = BarColumn(bar_width=20), TextColumn("{task.fields[text]}", markup=False)
+        columns = (TextColumn("{task.description}", markup=False), bar, TimeRemainingColumn(compact=True), text)
         self._progress = Progress(*columns, console=console, transient=False) if console.is_terminal else None
         if self._progress:
             self._progress.start()
@@ -94,9 +100,10 @@ class _Terminal:
 
     def _say(self, text: str) -> None:
         if self._progress:
-            self._progress.console.print(text, highlight=False)
+            self._progress.console.print(text, highlight=False, markup=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError, ValueError):  # a reader that has left, or a closed stderr, ends no training
+                print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._progress:
@@ -119,20 +126,33 @@ def _line(values: Mapping[str, Any]) -> str:
 
 class _Wandb:
     def __init__(self, run: RunConfig, folder: Path) -> None:
-        import wandb
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError("logging.wandb=True: the package wandb is not installed; pip install wandb, or logging=console") from None
 
-        has_key = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").is_file()
-        mode: Any = os.environ.get("WANDB_MODE", "online" if has_key else "offline")
         identity = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()  # a resume goes on in the same curve
-        self._run = wandb.init(
-            project=run.logging.project, name=run.name, id=identity, resume="allow", mode=mode, dir=str(folder), config=to_mapping(run)
-        )
+        settings: dict[str, Any] = {"project": run.logging.project, "name": run.name, "id": identity, "dir": str(folder)}
+        settings |= {"resume": "allow", "config": to_mapping(run)}
+        mode: Any = os.environ.get("WANDB_MODE", "online" if _has_wandb_key() else "offline")
+        try:
+            self._run = wandb.init(mode=mode, **settings)
+        except wandb.errors.Error as error:  # no network, a key that is refused: the figures are kept and can be sent later
+            if mode == "offline":
+                raise ConfigError(f"logging.wandb=True: {error}") from None
+            print(f"wandb cannot be reached ({error}); logging offline", file=sys.stderr)
+            self._run = wandb.init(mode="offline", **settings)
 
     def write(self, values: Mapping[str, Any]) -> None:
         self._run.log(_scalars(values), step=values["step"])
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _has_wandb_key() -> bool:
+    netrc = Path.home() / ".netrc"
+    return bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="replace"))
 
 
 class _TensorBoard:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from configs.schema import OptimConfig, ScheduleKind
+from configs.schema import ConfigError, OptimConfig, ScheduleKind
 
 
 def parameter_family(name: str, parameter: torch.Tensor) -> str:
@@ -21,15 +21,14 @@ def parameter_family(name: str, parameter: torch.Tensor) -> str:
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW with a decayed and an undecayed group.
 
-    Raises ValueError where a family named in `no_decay` exists in no model of ours, or nothing would be decayed
-    although a decay is asked for: a group that matches nothing is a silent mistake otherwise.
+    Raises ConfigError where nothing would be decayed although a decay is asked for, which would be a silent mistake.
     """
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (undecayed if parameter_family(name, parameter) in config.no_decay else decayed).append(parameter)
     if config.weight_decay > 0 and not decayed:
-        raise ValueError(f"weight_decay={config.weight_decay}: no parameter is left to decay after no_decay={config.no_decay}")
+        raise ConfigError(f"optim.weight_decay={config.weight_decay}: no parameter is left to decay after no_decay={config.no_decay}")
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": undecayed, "weight_decay": 0.0},
@@ -40,7 +39,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(config: OptimConfig, tokens: int, total_tokens: int) -> float:
-    """Learning rate of the step that begins after `tokens` of `total_tokens`.
+    """Learning rate of the step that ends after `tokens` of `total_tokens`: never 0 in the warm-up, the floor in the last step.
 
     Linear warm-up over `warmup_fraction`, then: constant; linear to `min_lr_ratio`; half a cosine to `min_lr_ratio`
     (Loshchilov & Hutter 2017, eq. 5); or wsd: flat, then linear over the last `decay_fraction` (Hu et al. 2024).

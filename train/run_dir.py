@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from configs.registry import REPOSITORY, to_mapping
+from configs.mapping import first_difference, to_mapping
+from configs.registry import REPOSITORY
 from configs.schema import ConfigError, RunConfig
 
 CONFIG_FILE = "config.json"
@@ -94,17 +95,6 @@ def unwritable(what: str, error: OSError) -> ConfigError:
     """The user's side of a failed write: a full disk, or the system's reason."""
     reason = "the disk is full" if error.errno in DISK_FULL else "cannot be written"
     return ConfigError(f"{what}: {reason} ({error.strerror or error})")
-
-
-def first_difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any] | None:
-    """The dotted key, old and new value of the first leaf that differs; None where nothing does."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        pairs = [(old.get(name), new.get(name), f"{key}.{name}") for name in sorted(old.keys() | new.keys())]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = [(*pair, f"{key}.{index}") for index, pair in enumerate(zip(old, new, strict=True))]
-    else:
-        return None if old == new else (key, old, new)
-    return next((found for pair in pairs if (found := first_difference(*pair))), None)
 
 
 def describe_launch(world_size: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from configs.registry import to_mapping
+from configs.mapping import to_mapping
 from configs.schema import ConfigError, RunConfig, StageConfig
 from data.loader import Batch, build_loader, heldout_rows
 from data.shards import Corpus

@@ -129,7 +129,7 @@ def test_a_finished_corpus_is_reused_and_another_config_refused(jsonl_config, tm
     changed = (Path(config.prepared_dir) / "manifest.json").stat().st_mtime_ns
     assert prepare(replace(config, num_workers=2, name="else")) == manifest
     assert (Path(config.prepared_dir) / "manifest.json").stat().st_mtime_ns == changed
-    with pytest.raises(ConfigError, match=r"data.heldout_fraction=0.3, it was prepared with 0.2.*overwrite=true"):
+    with pytest.raises(ConfigError, match=r"data.heldout_fraction=0.3: .* was prepared with 0.2; overwrite=true"):
         prepare(replace(config, heldout_fraction=0.3))
     source = replace(config.sources[0], max_documents=15)
     with pytest.raises(ConfigError, match=r"data.sources.0.max_documents=15"):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.registry import REPOSITORY, to_mapping
+from configs.mapping import to_mapping
+from configs.registry import REPOSITORY
 from scripts import quickstart
 from tests.train.helpers import events, steps
 

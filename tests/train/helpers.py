@@ -81,9 +81,13 @@ def launch(arguments: list[str], *, num_ranks: int, timeout: float = 240) -> sub
 
 def execute(command: list[str], *, timeout: float = 240, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
     """A command from the repository root with this interpreter's environment, without a GPU."""
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def environment() -> dict[str, str]:
+    """Of a program that is none of this process's ranks and sees no GPU."""
     inherited = {key: value for key, value in os.environ.items() if key not in _OF_A_LAUNCH}
-    environment = inherited | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PATH": _path()}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    return inherited | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PATH": _path()}
 
 
 def _path() -> str:

@@ -4,6 +4,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 
+from configs.registry import REPOSITORY
 from configs.schema import ConfigError, DataConfig, SourceConfig, SourceFormat, TokenizerConfig
 from data.prepare import prepare
 from data.shards import Corpus
-from tests.train.helpers import STEPS, events, lines, make_run, steps
-from train import checkpoint, run_dir
+from tests.train.helpers import STEPS, environment, events, lines, make_run, overrides, steps
+from train import checkpoint
 from train.engine import Engine, load_weights
 from train.loop import train
+from train.run_dir import own_run_dir
 
 CHECKPOINTS = [f"step_{step:08d}" for step in (4, STEPS)]
 
@@ -151,6 +156,32 @@ def test_a_signal_in_the_middle_of_a_step_saves_that_step(corpus, ranks, tmp_pat
     assert checkpoint.resolve(str(tmp_path / "run"), print).name == "step_00000003"
 
 
+def test_a_run_in_trouble_saves_nothing_over_good_checkpoints(corpus, ranks, tmp_path, monkeypatch):
+    plain = Engine.micro_step
+    calls = iter(range(10**6))
+
+    def poisoned(self, batch, *, weight, last):
+        return plain(self, batch, weight=weight if next(calls) <= 3 * 4 else float("inf"), last=last)
+
+    monkeypatch.setattr(Engine, "micro_step", poisoned)
+    with pytest.raises(ConfigError, match="max_skipped_in_a_row=5"):
+        train(make_run(corpus, tmp_path / "run", "checkpoint.every_steps=1"), ranks)
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_*")) == ["step_00000002", "step_00000003"]
+
+
+def test_sigterm_on_the_command_line_saves_and_exits_0(corpus, tmp_path):
+    command = [sys.executable, "-m", "train.main", *overrides(corpus, tmp_path / "run", "stages.0.tokens=10_000_000")]
+    program = subprocess.Popen(command, cwd=REPOSITORY, env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    program.send_signal(signal.SIGTERM)
+    _, complaint = program.communicate(timeout=60)
+    assert program.returncode == 0, complaint
+    saved = checkpoint.resolve(str(tmp_path / "run"), print)
+    assert saved.name == f"step_{len(steps(tmp_path / 'run')):08d}" and len(steps(tmp_path / "run")) > 0
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_non_finite_gradient_is_skipped_counted_and_named(corpus, ranks, tmp_path, monkeypatch, stage):
     plain = Engine.micro_step
@@ -231,6 +262,76 @@ def test_a_checkpoint_of_another_model_or_layout_is_refused(finished, corpus, ra
     assert not (tmp_path / "run").exists()
 
 
+def test_one_launch_at_a_time_holds_a_run_folder(copied, corpus, ranks):
+    run = make_run(corpus, copied)
+    with own_run_dir(run), pytest.raises(ConfigError, match=r"run_dir=.*: another launch is training in it"):
+        train(run, ranks)
+
+
+def test_a_run_that_saved_nothing_may_start_again_with_other_settings(copied, corpus, ranks):
+    shutil.rmtree(copied / "checkpoints")
+    train(make_run(corpus, copied, "optim.lr=2e-3", "max_steps=1"), ranks)
+    assert [step for step, _, _ in steps(copied)] == [1]
+
+
+@pytest.mark.parametrize("place", ["file/run", "/proc/run"])
+def test_a_run_folder_that_cannot_be_made_is_named(corpus, ranks, tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"run_dir=.*: cannot be written"):
+        train(make_run(corpus, tmp_path / place), ranks)
+
+
+def test_held_out_rows_of_a_later_stage_are_asked_for_at_the_start(corpus, ranks, tmp_path):
+    run = make_run(corpus, tmp_path / "run")
+    longer = replace(run.stages[0], name="longer", seq_len=2**20, batch_tokens=2**20)
+    with pytest.raises(ConfigError, match=r"seq_len=1048576: the held-out documents"):
+        train(replace(run, stages=(run.stages[0], longer)), ranks)
+    assert not (tmp_path / "run").exists()
+
+
+# --- branches --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_branch_trains_with_the_optimizer_settings_of_its_config(finished, corpus, ranks, tmp_path, monkeypatch):
+    seen = []
+    plain = Engine.step
+
+    def step(self, lr):
+        seen.append([(group["weight_decay"], group["betas"], group["eps"]) for group in self._optimizer.param_groups])
+        return plain(self, lr)
+
+    monkeypatch.setattr(Engine, "step", step)
+    changed = ("optim.weight_decay=0.5", "optim.beta1=0.8", "optim.eps=1e-6", "max_steps=5")
+    train(make_run(corpus, tmp_path / "run", f"resume={finished / 'checkpoints' / CHECKPOINTS[0]}", *changed), ranks)
+    assert seen == [[(0.5, (0.8, 0.95), 1e-6), (0.0, (0.8, 0.95), 1e-6)]]
+
+
+def test_a_branch_launched_again_goes_on_from_its_own_checkpoint(finished, corpus, ranks, tmp_path, capfd):
+    branch = (f"resume={finished / 'checkpoints' / CHECKPOINTS[0]}", "optim.lr=2e-3")
+    for last in (6, 8):
+        train(make_run(corpus, tmp_path / "run", *branch, f"max_steps={last}"), ranks)
+    assert [step for step, _, _ in steps(tmp_path / "run")] == [5, 6, 7, 8]
+    assert "going on from step_00000006" in capfd.readouterr().err
+
+
+def test_a_run_does_not_go_back_in_its_own_folder(copied, corpus, ranks):
+    with pytest.raises(ConfigError, match=rf"{CHECKPOINTS[1]} comes after it in this run_dir"):
+        train(make_run(corpus, copied, f"resume={copied / 'checkpoints' / CHECKPOINTS[0]}"), ranks)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("stages.0.batch_tokens=1024", r"checkpoint of step 4 has seen 2048 tokens, these stages put 4096 before that step"),
+        ("optim.no_decay=[]", r"optim.no_decay is \['bias', 'embedding', 'norm'\] in the checkpoint of step 4 and \[\] here"),
+    ],
+)
+def test_a_branch_that_cannot_go_on_is_refused(finished, corpus, ranks, tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        train(make_run(corpus, tmp_path / "run", f"resume={finished / 'checkpoints' / CHECKPOINTS[0]}", change), ranks)
+    assert not (tmp_path / "run").exists()
+
+
 # --- damage ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -255,6 +356,20 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_auto_takes_the_one_before(c
     assert "trying the one before it" in capfd.readouterr().err
     assert steps(copied) == whole
     checkpoint.verify(newest)
+    assert (copied / "checkpoints" / f"damaged_{newest.name}").is_dir()
+
+
+def test_a_damaged_checkpoint_pushes_no_whole_one_out(copied, corpus, ranks):
+    _cut(copied / "checkpoints" / CHECKPOINTS[1] / "state.json")
+    train(make_run(corpus, copied, "checkpoint.keep_last=1", "max_steps=6"), ranks)
+    assert sorted(path.name for path in (copied / "checkpoints").glob("step_*")) == ["step_00000006"]
+
+
+@pytest.mark.parametrize("content", ["[]", "12", '{"files": {"x": {}}}', '{"fil'])
+def test_a_manifest_that_is_none_is_refused(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"is damaged, or not a checkpoint: manifest.json"):
+        checkpoint.resolve(str(tmp_path), print)
 
 
 def test_when_every_checkpoint_is_damaged_nothing_is_started(copied, corpus, ranks):
@@ -300,11 +415,6 @@ def test_a_missing_corpus_names_the_command(ranks, tmp_path):
     with pytest.raises(ConfigError, match=r"scripts\.prepare_data"):
         train(make_run(tmp_path / "nowhere", tmp_path / "run"), ranks)
     assert not (tmp_path / "run").exists()
-
-
-def test_first_difference_names_the_leaf():
-    assert run_dir.first_difference({"a": [{"b": 1}]}, {"a": [{"b": 2}]}, "x") == ("x.a.0.b", 1, 2)
-    assert run_dir.first_difference({"a": 1}, {"a": 1}, "x") is None
 
 
 # --- figures -----------------------------------------------------------------------------------------------------------------------
