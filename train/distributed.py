@@ -58,7 +58,7 @@ def find_ranks(wanted: Device) -> Ranks:
         os.environ.update(alone)
     missing = [name for name in _LAUNCHED_WITH if name not in os.environ]
     if missing:
-        raise ConfigError(f"RANK={os.environ['RANK']}: is set but {', '.join(missing)} is not; unset it to train in one process")
+        raise ConfigError(f"RANK={os.environ['RANK']}: is set but {', '.join(missing)} not; unset it to train in one process")
     device = choose_device(wanted, int(os.environ["LOCAL_RANK"]))
     return Ranks(rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), device=device)
 

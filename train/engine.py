@@ -75,9 +75,9 @@ def processes(ranks: Ranks) -> Iterator[None]:
     try:
         package.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     except dist.DistNetworkError as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = " ".join(str(error).split())
-        raise ConfigError(f"the ranks cannot meet at {place} ({reason}); is another launch there? deepspeed --master_port=N moves it") from None
+        raise ConfigError(f"the ranks cannot meet at {where} ({reason}); deepspeed --master_port=N takes another port") from None
     try:
         yield
     finally:
