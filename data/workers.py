@@ -79,6 +79,8 @@ def _result(waiting: deque) -> Iterator[tuple[Record, np.ndarray]]:
 
 def _load(path: Path) -> None:
     global _tokenizer
+    # A signal to the parent's group would end this process in the middle of a result, for whose rest the parent then waits for ever.
+    os.setpgid(0, 0)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _tokenizer = load_tokenizer(path)

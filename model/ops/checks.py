@@ -67,6 +67,7 @@ def check_heads(q: Tensor, k: Tensor) -> None:
 
 
 def check_scale(softmax_scale: float | None) -> None:
+    """None, or positive and finite."""
     if softmax_scale is not None and not 0 < softmax_scale < float("inf"):
         raise ValueError(f"softmax_scale={softmax_scale}; accepted: None (head_dim ** -0.5) or a positive finite number")
 
@@ -79,6 +80,7 @@ def check_positive_int(**named: int) -> None:
 
 
 def check_backend(backend: str, known: tuple[str, ...]) -> None:
+    """One of the names in `known`."""
     if backend not in known:
         raise ValueError(f"backend={backend!r}; accepted: {', '.join(known)}")
 
