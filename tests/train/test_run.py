@@ -138,6 +138,15 @@ def test_accumulation_changes_nothing_but_rounding(finished, corpus, ranks, tmp_
         assert other_norm == pytest.approx(norm, rel=4e-3)
 
 
+def test_bf16_follows_fp32_and_goes_on_to_the_bit(finished, corpus, ranks, tmp_path):
+    train(make_run(corpus, tmp_path / "whole", "parallel.precision=bf16"), ranks)
+    for (_, loss, _), (_, other, _) in zip(steps(finished), steps(tmp_path / "whole"), strict=True):
+        assert other == pytest.approx(loss, rel=5e-3) and other != loss
+    for last in (4, 8):
+        train(make_run(corpus, tmp_path / "broken", "parallel.precision=bf16", f"max_steps={last}"), ranks)
+    assert steps(tmp_path / "broken") == steps(tmp_path / "whole")
+
+
 # --- interruption and skipped steps ------------------------------------------------------------------------------------------------
 
 
