@@ -1,0 +1,267 @@
+"""Backward: probabilities recomputed from the final log-sum-exp (FlashAttention-2, arXiv 2307.08691), no atomics.
+
+dK and dV are summed where their keys are, over the block's own queries and those of its list. dQ comes by slots: where a block's keys
+fit one tile they leave it on the way, otherwise a second pass over the lists computes it. A last pass adds the own block and the slots.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.ops.moba.triton.index import Lists, cut_lists
+from model.ops.moba.triton.plan import Blocks, tile_of
+
+# A list longer than this many times the mean length is split over programs: trained models have blocks that most queries choose.
+_SPLIT = 4
+
+
+@triton.jit
+def _delta_kernel(OUT, D_OUT, DELTA, num_tokens, out_stride_t, grad_stride_t, grad_stride_h, D: tl.constexpr, ROWS: tl.constexpr):
+    head = tl.program_id(1).to(tl.int64)
+    token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    inside, dims = token < num_tokens, tl.arange(0, D)
+    out = tl.load(OUT + token[:, None] * out_stride_t + head * D + dims[None, :], mask=inside[:, None], other=0.0)
+    grad = tl.load(D_OUT + token[:, None] * grad_stride_t + head * grad_stride_h + dims[None, :], mask=inside[:, None], other=0.0)
+    tl.store(DELTA + head * num_tokens + token, tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1), mask=inside)
+
+
+@triton.jit
+def _key_tile(q_at, do_at, lse_at, delta_at, inside, k, v, dk, dv, causal, scale, dq_at, OWN: tl.constexpr, KEEP_DQ: tl.constexpr):
+    # One tile of queries against one of keys, scores transposed: keys down, queries across. Queries that are not inside repeat another.
+    q, do, delta = tl.load(q_at), tl.load(do_at), tl.load(delta_at)
+    lse = tl.where(inside, tl.load(lse_at), float("inf"))  # probability 0
+    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])
+    if OWN:
+        p = tl.where(causal, p, 0.0)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+    ds = (p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])).to(q.dtype)
+    dk = tl.dot(ds, q, dk, input_precision="ieee")
+    if KEEP_DQ:
+        tl.store(dq_at, tl.dot(tl.trans(ds), k, input_precision="ieee").to(q.dtype), mask=inside[:, None])
+    return dk, dv
+
+
+@triton.jit
+def _list_tiles(
+    Q, D_OUT, LSE, DELTA, DQ_SLOTS, ENTRIES, begin, end, stride_t, grad_stride_t, k, v, dk, dv, scale,
+    D: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, KEEP_DQ: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # Entries begin..end of one list; the pointers are those of its head.
+    dims, rows = tl.arange(0, D), tl.arange(0, BM)
+    for i in tl.range(begin, end, BM, num_stages=STAGES):
+        inside = i + rows < end
+        entry = tl.load(ENTRIES + i + rows, mask=inside, other=0).to(tl.int64)
+        token = entry // P
+        dk, dv = _key_tile(
+            Q + token[:, None] * stride_t + dims[None, :], D_OUT + token[:, None] * grad_stride_t + dims[None, :],
+            LSE + token, DELTA + token, inside, k, v, dk, dv, inside, scale, DQ_SLOTS + entry[:, None] * D + dims[None, :], False, KEEP_DQ,
+        )  # fmt: skip
+    return dk, dv
+
+
+@triton.jit
+def _dk_dv_long_kernel(
+    Q, K, V, D_OUT, LSE, DELTA, PARTIAL, DQ_SLOTS, ENTRIES, OFFSET, COUNT, ENDS, PIECE, START,
+    stride_t, stride_h, kv_stride_t, kv_stride_h, grad_stride_t, grad_stride_h,
+    first_head, group, num_tokens, num_blocks, num_lists, scale,
+    TILES: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, KEEP_DQ: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    # What a list holds past its first SPLIT entries, SPLIT at a time: sums of dK and dV that the next kernel adds up in order.
+    piece, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    if piece < tl.load(ENDS + num_lists - 1):
+        which = tl.load(PIECE + piece)
+        count = tl.load(COUNT + which)
+        begin = (piece - tl.load(ENDS + which) + (count + SPLIT - 1) // SPLIT) * SPLIT
+        local_head, block = (which // num_blocks).to(tl.int64), which % num_blocks
+        head = first_head + local_head
+        dims, keys = tl.arange(0, D), tl.arange(0, BK)
+        at = (tl.load(START + block) + tile * BK + keys).to(tl.int64)[:, None] * kv_stride_t + (head // group) * kv_stride_h + dims[None, :]
+        k, v = tl.load(K + at), tl.load(V + at)
+        dk, dv = tl.zeros((BK, D), tl.float32), tl.zeros((BK, D), tl.float32)
+        dk, dv = _list_tiles(
+            Q + head * stride_h, D_OUT + head * grad_stride_h, LSE + head * num_tokens, DELTA + head * num_tokens,
+            DQ_SLOTS + local_head * num_tokens * P * D, ENTRIES + tl.load(OFFSET + which), begin, tl.minimum(begin + SPLIT, count),
+            stride_t, grad_stride_t, k, v, dk, dv, scale, D, P, BM, KEEP_DQ, STAGES,
+        )  # fmt: skip
+        partial = PARTIAL + (piece.to(tl.int64) * TILES + tile) * (2 * BK * D) + keys[:, None] * D + dims[None, :]
+        tl.store(partial, dk)
+        tl.store(partial + BK * D, dv)
+
+
+@triton.jit
+def _dk_dv_kernel(
+    Q, K, V, D_OUT, LSE, DELTA, DK, DV, PARTIAL, DQ_SLOTS, ENTRIES, OFFSET, COUNT, ENDS, START, LENGTH,
+    stride_t, stride_h, kv_stride_t, kv_stride_h, grad_stride_t, grad_stride_h, dk_stride_t,
+    first_head, group, num_tokens, num_blocks, scale, softmax_scale,
+    TILES: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, KEEP_DQ: tl.constexpr,
+    LISTS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    block, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    start, length = tl.load(START + block), tl.load(LENGTH + block)
+    if tile * BK < length:
+        local_kv = tl.program_id(1)
+        kv_head = (first_head // group + local_kv).to(tl.int64)
+        dims, rows, keys = tl.arange(0, D), tl.arange(0, BM), tl.arange(0, BK)
+        key = tile * BK + keys
+        real = (key < length)[:, None]
+        at = (start + tl.minimum(key, length - 1)).to(tl.int64)[:, None] * kv_stride_t + kv_head * kv_stride_h + dims[None, :]
+        k, v = tl.load(K + at), tl.load(V + at)
+        dk, dv = tl.zeros((BK, D), tl.float32), tl.zeros((BK, D), tl.float32)
+        for g in range(group):
+            local_head = (local_kv * group + g).to(tl.int64)
+            head = first_head + local_head
+            q_head, do_head = Q + head * stride_h, D_OUT + head * grad_stride_h
+            lse_head, delta_head = LSE + head * num_tokens, DELTA + head * num_tokens
+            for i in tl.range(tile * BK, length, BM, num_stages=1):
+                row = i + rows
+                token = (start + tl.minimum(row, length - 1)).to(tl.int64)
+                dk, dv = _key_tile(
+                    q_head + token[:, None] * stride_t + dims[None, :], do_head + token[:, None] * grad_stride_t + dims[None, :],
+                    lse_head + token, delta_head + token, row < length, k, v, dk, dv, row[None, :] >= key[:, None], scale,
+                    DQ_SLOTS, True, False,
+                )  # fmt: skip
+            if LISTS:
+                which = local_head * num_blocks + block
+                count = tl.load(COUNT + which)
+                dk, dv = _list_tiles(
+                    q_head, do_head, lse_head, delta_head, DQ_SLOTS + local_head * num_tokens * P * D, ENTRIES + tl.load(OFFSET + which),
+                    0, tl.minimum(count, SPLIT), stride_t, grad_stride_t, k, v, dk, dv, scale, D, P, BM, KEEP_DQ, STAGES,
+                )  # fmt: skip
+                if count > SPLIT:
+                    pieces = (count - 1) // SPLIT
+                    first = (tl.load(ENDS + which) - pieces).to(tl.int64)
+                    for nth in range(pieces):
+                        partial = PARTIAL + ((first + nth) * TILES + tile) * (2 * BK * D) + keys[:, None] * D + dims[None, :]
+                        dk += tl.load(partial)
+                        dv += tl.load(partial + BK * D)
+        at = (start + key).to(tl.int64)[:, None] * dk_stride_t + kv_head * D + dims[None, :]
+        tl.store(DK + at, (dk * softmax_scale).to(DK.dtype.element_ty), mask=real)
+        tl.store(DV + at, dv.to(DV.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _query_tile(q, do, lse, delta, k, v, dq, scale, causal, OWN: tl.constexpr):
+    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
+    if OWN:
+        p = tl.where(causal, p, 0.0)
+    ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+
+@triton.jit
+def _dq_past_kernel(
+    Q, K, V, D_OUT, LSE, DELTA, DQ_SLOTS, ENTRIES, OFFSET, COUNT, ENDS, PIECE, START,
+    stride_t, stride_h, kv_stride_t, kv_stride_h, grad_stride_t, grad_stride_h,
+    first_head, group, num_tokens, num_blocks, num_lists, scale,
+    B: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    if pid < tl.load(ENDS + num_lists - 1):
+        which = tl.load(PIECE + pid)
+        count = tl.load(COUNT + which)
+        begin = (pid - tl.load(ENDS + which) + (count + BM - 1) // BM) * BM
+        local_head, block = (which // num_blocks).to(tl.int64), which % num_blocks
+        head = first_head + local_head
+        dims, rows, keys = tl.arange(0, D), tl.arange(0, BM), tl.arange(0, BN)
+        inside = begin + rows < count
+        entry = tl.load(ENTRIES + tl.load(OFFSET + which) + begin + rows, mask=inside, other=0).to(tl.int64)
+        token = entry // P
+        q = tl.load(Q + token[:, None] * stride_t + head * stride_h + dims[None, :])
+        do = tl.load(D_OUT + token[:, None] * grad_stride_t + head * grad_stride_h + dims[None, :])
+        lse, delta = tl.load(LSE + head * num_tokens + token), tl.load(DELTA + head * num_tokens + token)
+        dq = tl.zeros((BM, D), tl.float32)
+        start = tl.load(START + block)
+        for j in tl.range(0, B, BN, num_stages=STAGES):
+            at = (start + j + keys).to(tl.int64)[:, None] * kv_stride_t + (head // group) * kv_stride_h + dims[None, :]
+            dq = _query_tile(q, do, lse, delta, tl.load(K + at), tl.load(V + at), dq, scale, True, False)
+        slot = local_head * num_tokens * P + entry
+        tl.store(DQ_SLOTS + slot[:, None] * D + dims[None, :], dq.to(q.dtype), mask=inside[:, None])
+
+
+@triton.jit
+def _dq_own_kernel(
+    Q, K, V, D_OUT, LSE, DELTA, DQ_SLOTS, DQ, START, LENGTH, DOC_FIRST,
+    stride_t, stride_h, kv_stride_t, kv_stride_h, grad_stride_t, grad_stride_h, dq_stride_t,
+    first_head, group, num_tokens, scale, softmax_scale,
+    TILES: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    block, tile = pid // TILES, pid % TILES
+    start, length = tl.load(START + block), tl.load(LENGTH + block)
+    if tile * BM < length:
+        local_head = tl.program_id(1).to(tl.int64)
+        head = first_head + local_head
+        dims, keys = tl.arange(0, D), tl.arange(0, BN)
+        row = tile * BM + tl.arange(0, BM)
+        inside = row < length
+        token = (start + tl.minimum(row, length - 1)).to(tl.int64)
+        q = tl.load(Q + token[:, None] * stride_t + head * stride_h + dims[None, :])
+        do = tl.load(D_OUT + token[:, None] * grad_stride_t + head * grad_stride_h + dims[None, :])
+        lse, delta = tl.load(LSE + head * num_tokens + token), tl.load(DELTA + head * num_tokens + token)
+        dq = tl.zeros((BM, D), tl.float32)
+        for j in tl.range(0, tl.minimum(tile * BM + BM, length), BN, num_stages=STAGES):
+            key = j + keys
+            at = (start + tl.minimum(key, length - 1)).to(tl.int64)[:, None] * kv_stride_t + (head // group) * kv_stride_h + dims[None, :]
+            dq = _query_tile(q, do, lse, delta, tl.load(K + at), tl.load(V + at), dq, scale, row[:, None] >= key[None, :], True)
+        num_past = tl.minimum(P, block - tl.load(DOC_FIRST + block))
+        for s in tl.range(0, num_past, num_stages=STAGES):
+            slot = (local_head * num_tokens + token) * P + s
+            dq += tl.load(DQ_SLOTS + slot[:, None] * D + dims[None, :]).to(tl.float32)
+        at = token[:, None] * dq_stride_t + head * D + dims[None, :]
+        tl.store(DQ + at, (dq * softmax_scale).to(DQ.dtype.element_ty), mask=inside[:, None])
+
+
+def output_dot_gradient(out: Tensor, d_out: Tensor) -> Tensor:
+    """<out, d_out> of each query and head, fp32 `[Hq, T]`."""
+    num_tokens, num_heads, head_dim = out.shape
+    delta = torch.empty(num_heads, num_tokens, device=out.device, dtype=torch.float32)
+    strides = (out.stride(0), d_out.stride(0), d_out.stride(1))
+    _delta_kernel[(triton.cdiv(num_tokens, 64), num_heads)](out, d_out, delta, num_tokens, *strides, D=head_dim, ROWS=64)
+    return delta
+
+
+def moba_backward(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, *,
+    blocks: Blocks, lists: Lists | None, heads: range, num_past: int, scale: float, softmax_scale: float,
+) -> None:  # fmt: skip
+    """Fills dq `[T, Hq, D]`, dk and dv `[T, Hkv, D]` for `heads` and their key/value heads."""
+    num_tokens, num_heads, head_dim = q.shape
+    group = num_heads // k.shape[1]
+    strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), d_out.stride(0), d_out.stride(1))
+    slots = torch.empty(len(heads), num_tokens, num_past, head_dim, device=q.device, dtype=q.dtype)
+    one_tile = blocks.size <= 128
+    tile = tile_of("dk_dv", blocks.size)
+    keys, tiles = tile.columns, blocks.size // tile.columns
+    tensors, numbers = (q, k, v, d_out, lse, delta), (heads.start, group, num_tokens, blocks.count)
+    sizes = {"TILES": tiles, "D": head_dim, "P": max(1, num_past), "BK": keys, "BM": tile.rows, "SPLIT": _SPLIT * max(1, num_past) * blocks.size,
+             "KEEP_DQ": one_tile, "STAGES": tile.stages, "num_warps": tile.warps}  # fmt: skip
+    partial, tables = slots, (slots, slots, slots, slots)  # not read where there are no lists
+    if lists is not None:
+        long = cut_lists(lists, sizes["SPLIT"], skip=1)
+        partial = torch.empty(long.bound * tiles, 2, keys, head_dim, device=q.device, dtype=torch.float32)
+        tables = (lists.entries, lists.offset, lists.count, long.ends)
+        if long.bound:
+            _dk_dv_long_kernel[(long.bound * tiles,)](
+                *tensors, partial, slots, *tables, long.piece, blocks.start, *strides, *numbers, len(lists.count), scale, **sizes
+            )
+    _dk_dv_kernel[(blocks.count * tiles, len(heads) // group)](
+        *tensors, dk, dv, partial, slots, *tables, blocks.start, blocks.length, *strides, dk.stride(0), *numbers, scale, softmax_scale,
+        LISTS=lists is not None, **sizes,
+    )  # fmt: skip
+    if lists is not None and not one_tile:
+        tile = tile_of("dq_past", blocks.size)
+        items = cut_lists(lists, tile.rows)
+        _dq_past_kernel[(items.bound,)](
+            q, k, v, d_out, lse, delta, slots, lists.entries, lists.offset, lists.count, items.ends, items.piece, blocks.start, *strides,
+            heads.start, group, num_tokens, blocks.count, len(lists.count), scale, B=blocks.size, D=head_dim, P=num_past, BM=tile.rows,
+            BN=tile.columns, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
+    tile = tile_of("dq_own", blocks.size)
+    tiles = triton.cdiv(blocks.size, tile.rows)
+    _dq_own_kernel[(blocks.count * tiles, len(heads))](
+        q, k, v, d_out, lse, delta, slots, dq, blocks.start, blocks.length, blocks.doc_first, *strides, dq.stride(0),
+        heads.start, group, num_tokens, scale, softmax_scale, TILES=tiles, D=head_dim, P=num_past, BM=tile.rows, BN=tile.columns,
+        STAGES=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip

@@ -1,0 +1,115 @@
+"""Block means, and the choice of blocks without a score ever leaving the chip (MoBA eq. 4-6)."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.ops.moba.triton.plan import Blocks, power_of_2, tile_of
+
+
+@triton.jit
+def _means_kernel(K, HIGH, LOW, START, LENGTH, stride_t, stride_h, num_blocks, B: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+    block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    start, length = tl.load(START + block), tl.load(LENGTH + block)
+    dims, rows = tl.arange(0, D), tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, D), tl.float32)
+    for first in range(0, B, ROWS):
+        inside = first + rows < length
+        tokens = (start + first + rows).to(tl.int64)
+        total += tl.load(K + tokens[:, None] * stride_t + head * stride_h + dims[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+    mean = tl.sum(total, 0) / length
+    high = mean.to(HIGH.dtype.element_ty)
+    at = (head * num_blocks + block) * D + dims
+    tl.store(HIGH + at, high)
+    tl.store(LOW + at, (mean - high.to(tl.float32)).to(LOW.dtype.element_ty))
+
+
+def block_means(k: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """High and low part of each block's mean key, `[Hkv, N, D]` each in k's dtype; their sum has twice its mantissa."""
+    _, num_heads, head_dim = k.shape
+    high = torch.empty(num_heads, blocks.count, head_dim, device=k.device, dtype=k.dtype)
+    low = torch.empty_like(high)
+    grid = (blocks.count, num_heads)
+    strides = (k.stride(0), k.stride(1))
+    _means_kernel[grid](k, high, low, blocks.start, blocks.length, *strides, blocks.count, blocks.size, head_dim, 64, num_warps=4)
+    return high, low
+
+
+@triton.jit
+def _gate_kernel(
+    Q, HIGH, LOW, CHOSEN, START, LENGTH, DOC_FIRST, stride_t, stride_h, first_head, group, num_tokens, num_blocks,
+    TILES: tl.constexpr, D: tl.constexpr, P: tl.constexpr, SLOTS: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    # A score's 32 bits become an integer of the same order, whose low bits give way to the column: one max then finds both, and of
+    # equal scores the lower column. Kept scores are cut likewise, so that of equal ones the earlier tile stays.
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # queries with the most past blocks first
+    block, tile = pid // TILES, pid % TILES
+    local_head = tl.program_id(1).to(tl.int64)
+    start, length = tl.load(START + block), tl.load(LENGTH + block)
+    doc_first = tl.load(DOC_FIRST + block)
+    num_past = block - doc_first
+    row = tile * BQ + tl.arange(0, BQ)
+    inside = row < length
+    token = (start + row).to(tl.int64)
+    slot = tl.arange(0, SLOTS)
+    out = CHOSEN + (local_head * num_tokens + token[:, None]) * P + slot[None, :]
+    out_mask = inside[:, None] & (slot < P)[None, :]
+    if num_past <= P:
+        all_past = tl.where(slot < num_past, doc_first + slot, -1)
+        tl.store(out, tl.broadcast_to(all_past[None, :], (BQ, SLOTS)), mask=out_mask)
+    elif tile * BQ < length:
+        head = first_head + local_head
+        dims, column = tl.arange(0, D), tl.arange(0, BN)
+        q = tl.load(Q + token[:, None] * stride_t + head * stride_h + dims[None, :], mask=inside[:, None], other=0.0)
+        means = (head // group) * num_blocks
+        best = tl.where(slot[None, :] < P, -2147483648, 2147483647) + tl.zeros((BQ, SLOTS), tl.int32)
+        kept = tl.zeros((BQ, SLOTS), tl.int32)
+        least = tl.min(best, 1)
+        for first in tl.range(doc_first, block, BN, num_stages=STAGES):
+            valid = first + column < block
+            at = (means + first + column)[:, None] * D + dims[None, :]
+            high = tl.load(HIGH + at, mask=valid[:, None], other=0.0)
+            low = tl.load(LOW + at, mask=valid[:, None], other=0.0)
+            score = tl.dot(q, tl.trans(high), input_precision="ieee")
+            score = tl.dot(q, tl.trans(low), score, input_precision="ieee") + 0.0  # -0.0 becomes 0.0
+            bits = score.to(tl.int32, bitcast=True)
+            bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+            key = (bits & -BN) | (BN - 1 - column)[None, :]
+            key = tl.where(valid[None, :], key, -2147483648)
+            top = tl.max(key, 1)
+            enters = (top & -BN) > least
+            go = tl.max(enters.to(tl.int32), 0)
+            while go > 0:
+                place = tl.argmin(best, 1)
+                here = (slot[None, :] == place[:, None]) & enters[:, None]
+                best = tl.where(here, (top & -BN)[:, None], best)
+                kept = tl.where(here, (first + BN - 1 - (top & (BN - 1)))[:, None], kept)
+                least = tl.min(best, 1)
+                key = tl.where(key == top[:, None], -2147483648, key)
+                top = tl.max(key, 1)
+                enters = (top & -BN) > least
+                go = tl.max(enters.to(tl.int32), 0)
+        tl.store(out, kept, mask=out_mask)
+
+
+def choose_blocks(q: Tensor, means: tuple[Tensor, Tensor], blocks: Blocks, *, heads: range, group: int, num_past: int) -> Tensor:
+    """Global ids of the chosen past blocks of `heads`: int32 `[heads, T, P]`, in no order, then -1 where there are fewer.
+
+    Scores are fp32 sums of products with the two halves of the mean, rounded to 17 bits of mantissa: the choice is that of exact
+    arithmetic except where two scores differ by less than 2**-16 of ‖q‖·‖mean‖. Ties go to the lower block.
+    """
+    num_tokens, _, head_dim = q.shape
+    chosen = torch.empty(len(heads), num_tokens, num_past, device=q.device, dtype=torch.int32)
+    tile = tile_of("gate", blocks.size)
+    rows = min(tile.rows, power_of_2(blocks.size))
+    tiles = triton.cdiv(blocks.size, rows)
+    columns = max(16, min(tile.columns, power_of_2(blocks.max_past)))
+    high, low = means
+    _gate_kernel[(blocks.count * tiles, len(heads))](
+        q, high, low, chosen, blocks.start, blocks.length, blocks.doc_first, q.stride(0), q.stride(1), heads.start, group, num_tokens,
+        blocks.count, TILES=tiles, D=head_dim, P=num_past, SLOTS=power_of_2(num_past), BQ=rows, BN=columns, STAGES=tile.stages,
+        num_warps=tile.warps,
+    )  # fmt: skip
+    return chosen
