@@ -38,7 +38,9 @@ def test_no_module_has_a_name_that_shadows():
 
 
 def test_ignore_patterns_hide_no_source():
-    hidden = subprocess.run(["git", "check-ignore", *(f"{room}/x.py" for room in ROOMS)], cwd=ROOT, capture_output=True, text=True, check=False)
+    hidden = subprocess.run(
+        ["git", "check-ignore", *(f"{room}/x.py" for room in ROOMS)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert hidden.stdout == ""
 
 
@@ -48,7 +50,9 @@ def test_imports_go_one_way():
 
 
 def test_ruff_is_content():
-    done = subprocess.run([Path(sys.executable).with_name("ruff"), "check", "--no-cache", "."], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("ruff"), "check", "--no-cache", "."], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 
