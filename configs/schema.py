@@ -296,7 +296,7 @@ class OptimConfig:
     weight_decay: float = 0.1
     """Decoupled decay of the groups not named in no_decay."""
     no_decay: tuple[str, ...] = ("norm", "bias", "embedding")
-    """Parameter families without weight decay: norm, bias, embedding."""
+    """Parameter families without weight decay: norm, bias, embedding; the model must have one of them at least."""
     clip_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
     schedule: ScheduleKind = ScheduleKind.COSINE

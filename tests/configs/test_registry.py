@@ -11,8 +11,7 @@ from configs import registry
 from configs.checks import check_run, check_vocabulary
 from configs.mapping import first_difference, from_mapping, to_mapping
 from configs.registry import CONFIG_DIR, compose
-from configs.schema import AttentionConfig, ConfigError, EvaluateConfig, OptimConfig, PrepareConfig, RunConfig, ScheduleKind, StageConfig
-from train.optim import build_optimizer, learning_rate
+from configs.schema import AttentionConfig, ConfigError, EvaluateConfig, PrepareConfig, RunConfig, StageConfig
 from train.stages import place_of
 
 
@@ -269,33 +268,6 @@ def test_places_follow_the_stages():
     assert [place.index for place in places] == [0, 0, 0, 0, 1, 1]
     assert [place.tokens_before for place in places] == [0, 256, 512, 768, 1024, 1536]
     assert [place.is_switch for place in places] == [False, False, False, False, True, False]
-
-
-@pytest.mark.parametrize("schedule", list(ScheduleKind))
-def test_the_learning_rate_warms_up_and_ends_where_it_should(schedule):
-    config = OptimConfig(lr=1.0, schedule=schedule, warmup_fraction=0.1, decay_fraction=0.2, min_lr_ratio=0.1)
-    rates = [learning_rate(config, tokens, 1000) for tokens in range(0, 1001, 10)]
-    assert rates[0] == 0 and rates[5] == pytest.approx(0.5) and rates[10] == pytest.approx(1.0)
-    assert rates[-1] == pytest.approx(1.0 if schedule is ScheduleKind.CONSTANT else 0.1)
-    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(rates[10:]))
-    if schedule is ScheduleKind.WSD:
-        assert rates[80] == pytest.approx(1.0) and rates[90] == pytest.approx(0.55)
-
-
-def test_optimizer_groups_follow_the_families():
-    from model.transformer import Transformer
-
-    run = _run("model=tiny", "model.qkv_bias=true", "model.qk_norm=true")
-    model = Transformer(run.model, run.stages[0].attention.per_layer(2), run.stages[0].rope)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, undecayed = (
-        [names[id(parameter)] for parameter in group["params"]] for group in build_optimizer(model, run.optim).param_groups
-    )
-    assert all("norm" not in name and "bias" not in name and "embedding" not in name for name in decayed)
-    assert len(decayed) == 2 * 7 and "embedding.weight" in undecayed
-    assert any("q_norm" in name for name in undecayed) and any(name.endswith("bias") for name in undecayed)
-    everything = build_optimizer(model, replace(run.optim, no_decay=()))
-    assert [group["weight_decay"] for group in everything.param_groups] == [run.optim.weight_decay]
 
 
 def test_paths_mean_the_same_from_everywhere():
