@@ -76,6 +76,22 @@ def test_an_unknown_flag_is_one_line(flag):
     assert (done.returncode, done.stderr) == (2, f"error: {flag}: no such flag; accepted: --help, --cfg, and key=value\n")
 
 
+@pytest.mark.parametrize(
+    ("ending", "status", "error"),
+    [
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        ("model=null 2>&-", 2, ""),
+        ("| head -n 1", 0, ""),
+        (">/dev/full", 2, "error: standard output: No space left on device; the work itself is done\n"),
+    ],
+)
+def test_an_output_that_nobody_takes_leaves_no_traceback(ending, status, error):
+    done = execute(["bash", "-o", "pipefail", "-c", f"'{sys.executable}' -m train.main --cfg job {ending}"])
+    assert (done.returncode, done.stderr) == (status, error)
+    assert "error" not in done.stdout
+
+
 def test_cfg_shows_the_run_that_the_arguments_make():
     done = execute([sys.executable, "-m", "train.main", "--local_rank=0", "--cfg", "job", "stages.0.attention.rule=full"])
     assert done.returncode == 0 and yaml.safe_load(done.stdout)["stages"][0]["attention"]["rule"] == "full"
