@@ -29,6 +29,8 @@ def to_mapping(config: object) -> Any:
 
 def from_mapping(schema: type[T], values: Mapping[str, Any], path: str = "") -> T:
     """A `schema` dataclass from plain values. Raises ConfigError naming the full key, the value and what is accepted."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path.rstrip('.')}={values!r}: must be a mapping with keys {', '.join(item.name for item in fields(schema))}")
     hints = typing.get_type_hints(schema)
     known = [item.name for item in fields(schema)]
     for key in values:
@@ -43,8 +45,6 @@ def from_mapping(schema: type[T], values: Mapping[str, Any], path: str = "") -> 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
     if isinstance(hint, type) and is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{key}={value!r}: must be a mapping with keys {', '.join(item.name for item in fields(hint))}")
         return from_mapping(hint, value, f"{key}.")
     if typing.get_origin(hint) is tuple:
         of = typing.get_args(hint)[0]

@@ -1,9 +1,9 @@
 """The one door from Hydra to typed configs: `@command(Schema, config_name=...)` makes a module runnable.
 
-Hydra composes plain mappings over the schema's defaults (so an unknown key is refused while composing); overrides of list
-items (`stages.0.tokens=…`), which Hydra allows only for keys that the file spells out, are applied after it; `from_mapping`
-turns the result into frozen dataclasses and checks every type. Past this door no DictConfig is seen. A `ConfigError`
-anywhere inside a command ends it with one line on stderr and exit status 2.
+Hydra composes the chosen files over the schema's defaults (so an unknown key in one is refused); `key=value` settings, list
+items among them (`stages.0.tokens=…`), are laid over the result; `from_mapping` turns it into frozen dataclasses and checks
+every type. Past this door no DictConfig is seen. A `ConfigError` anywhere inside a command ends it with one line on stderr
+and exit status 2.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ import hydra
 import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from configs.mapping import from_mapping, nearest, to_mapping
 from configs.schema import AttentionConfig, ConfigError, RopeConfig, RunConfig
@@ -36,7 +36,6 @@ CONFIG_DIR = Path(__file__).parent
 REPOSITORY = CONFIG_DIR.parent
 # Keys of the composed mapping that hold for every stage, which may change parts of them; they are not fields of the run itself.
 _SHARED: dict[type, dict[str, type]] = {RunConfig: {"attention": AttentionConfig, "rope": RopeConfig}}
-_ITEM = re.compile(r"^(\+\+)?(?P<key>(\w+\.)+\d+(\.\w+)*)=")
 
 
 def _defaults(schema: type) -> dict[str, Any]:
@@ -51,96 +50,129 @@ def _defaults(schema: type) -> dict[str, Any]:
 
 
 def _keys(schema: type, prefix: str = "") -> list[str]:
-    """Every key under `schema`, dotted; items of a list stand under `.0`."""
-    keys = [key for name, shared in _SHARED.get(schema, {}).items() for key in _keys(shared, f"{name}.")]
-    for name, hint in typing.get_type_hints(schema).items():
-        keys.append(f"{prefix}{name}")
-        if typing.get_origin(hint) is tuple and is_dataclass(typing.get_args(hint)[0]):
-            keys += _keys(typing.get_args(hint)[0], f"{prefix}{name}.0.")
-        elif isinstance(hint, type) and is_dataclass(hint):
-            keys += _keys(hint, f"{prefix}{name}.")
+    """Every key under `schema`, dotted; an item of a list stands for all as `.0`."""
+    keys = []
+    for name, hint in {**_SHARED.get(schema, {}), **typing.get_type_hints(schema)}.items():
+        key = f"{prefix}{name}"
+        keys.append(key)
+        if typing.get_origin(hint) is tuple:
+            hint, key = typing.get_args(hint)[0], f"{key}.0"
+            keys.append(key)
+        if is_dataclass(hint):
+            keys += _keys(typing.cast(type, hint), f"{key}.")
     return keys
 
 
-def _explain(error: Exception, schema: type) -> str:
-    """One line for a mistake that Hydra or OmegaConf found while composing."""
-    accepted = _keys(schema)
+def _groups(config_name: str) -> dict[str, str | None]:
+    """The groups of whole configs that a root file chooses from, and the choice it makes."""
+    entries = yaml.safe_load((CONFIG_DIR / f"{config_name}.yaml").read_text())["defaults"]
+    return {group: chosen for entry in entries if isinstance(entry, dict) for group, chosen in entry.items()}
+
+
+def _options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+def _dotted(key: str) -> str:
+    """`stages[0].tokens`, as OmegaConf writes it, the way it is set: brackets would need quotes in a shell."""
+    return re.sub(r"\[(\d+)\]", r".\1", key)
+
+
+def _explain(error: Exception, accepted: Sequence[str]) -> str:
+    """One line for a mistake that Hydra or OmegaConf found in a config file or in what a value refers to."""
     if isinstance(error, yaml.YAMLError):
-        return "a config file is not YAML: " + " ".join(str(error).split())
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
-            group, _, name = str(cause.missing_cfg_file).rpartition("/")
-            options = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
-            return f"{group}={name}: no such config{nearest(name, options)}; accepted: {', '.join(options)}"
-        if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):
-            key = cause.full_key or str(cause.key)
-            override = re.search(r"Could not override '([^']+)'", str(error))
-            file = re.match(r"In '([^']+)'", str(error))
-            key = override.group(1) if override else key
-            return f"{key}: no such key{nearest(key, accepted)}{f' (in configs/{file.group(1)}.yaml)' if file else ''}"
-        cause = cause.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be read as key=value ({lines[0]}); quote values with brackets or commas: 'key=\"...\"'"
-    foreign = re.search(r"Could not override '([^']+)'.*No match in the defaults list", lines[0])
-    if foreign:
-        return f"{foreign.group(1)}: no such key in this command{nearest(foreign.group(1), accepted)}"
-    hint = "; quote a value that holds commas: 'key=\"a, b\"'" if lines[0].startswith("Ambiguous value") else ""
-    return f"{lines[0]}{hint}" if error.__cause__ is None else f"{lines[0]}: {' '.join(str(error.__cause__).split())}"
+        return f"a config file is not YAML: {error}"
+    found = re.match(
+        r"(?:In '(?P<file>[^']*)': )?(?:\w+ raised while composing config:\s*)?(?P<what>.*)(?:\s*full_key: (?P<key>\S*))?", str(error)
+    )
+    assert found
+    key, what = _dotted(found["key"] or ""), found["what"]
+    if what.endswith("is not in struct"):
+        what = f"no such key{nearest(key, accepted)}"
+    where = f" (in configs/{found['file']}.yaml)" if found["file"] else ""
+    return f"{key}: {what}{where}" if key else f"{what}{where}"
+
+
+def _read(text: str) -> tuple[str, Any]:
+    """Key and value of a `key=value` argument. Raises ConfigError."""
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{text}: cannot be read as key=value ({reason}); quote values with brackets or commas: 'key=\"...\"'") from None
+    if not override.key_or_group or override.package is not None or override.is_delete():
+        raise ConfigError(f"{text}: must be key=value")
+    if override.is_sweep_override():
+        raise ConfigError(f"{text}: is several values where a run takes one; quote a value that holds commas: 'key=\"a, b\"'")
+    return override.key_or_group, override.value()
+
+
+def _check_choice(group: str, value: Any, default: str | None) -> None:
+    """Raises ConfigError where a group of configs has no such file."""
+    options = _options(group)
+    if str(value) in options or (value is None and default is None):
+        return
+    hint = f"; a list's items are set as {group}.0.KEY=VALUE" if isinstance(value, list) else ""
+    value = "null" if value is None else value
+    raise ConfigError(f"{group}={value}: no such config{nearest(str(value), options)}; accepted: {', '.join(options)}{hint}")
+
+
+def _set(config: DictConfig, key: str, value: Any, accepted: Sequence[str]) -> None:
+    """Sets a key of the composed config; a mapping changes the keys it names. Raises ConfigError for one that is not there."""
+    pattern = re.sub(r"\.\d+(?=\.|$)", ".0", key)
+    if pattern not in accepted:
+        beside = [name for name in accepted if name.rpartition(".")[0] == pattern.rpartition(".")[0]]
+        top = [name for name in accepted if "." not in name]
+        near = nearest(key, beside) or nearest(key, accepted) or f"; accepted: {', '.join(beside or top)}"
+        raise ConfigError(f"{key}: no such key{near}")
+    for item in re.finditer(r"\.(\d+)(?=\.|$)", key):
+        owner = key[: item.start()]
+        items = OmegaConf.select(config, owner)
+        if not OmegaConf.is_list(items):
+            raise ConfigError(f"{key}: no such item; {owner} is {items!r}")
+        if int(item.group(1)) >= len(items):
+            raise ConfigError(f"{key}: no such item; {owner} has {len(items)}, counted from 0")
+    merge = isinstance(value, dict) and OmegaConf.is_dict(OmegaConf.select(config, key))
+    OmegaConf.update(config, key, value, merge=merge, force_add=True)
 
 
 def _compose(schema: type, config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The composed mapping, without what `_SHARED` holds for the stages: they have it. Raises ConfigError."""
-    items = [text for text in overrides if _ITEM.match(text)]
-    plain = [text for text in overrides if not _ITEM.match(text)]
-    for text in plain:
-        _check_choice(*text.partition("=")[::2])
-    ConfigStore.instance().store(name=f"{config_name}_schema", node=_defaults(schema))
+    """The composed mapping, in which each stage has what `_SHARED` gives to all of them. Raises ConfigError.
+
+    Hydra chooses the files. Settings are ours: its own reach an item of a list only where the file spells the key out.
+    """
+    arguments = [_read(text) for text in overrides]
+    groups, accepted = _groups(config_name), _keys(schema)
+    choices = {key: value for key, value in arguments if key in groups}
+    for group, value in choices.items():
+        _check_choice(group, value, groups[group])
+    defaults = OmegaConf.create(_defaults(schema))
+    OmegaConf.set_struct(defaults, True)  # so that Hydra refuses, naming the file, a key that is none
+    ConfigStore.instance().store(name=f"{config_name}_schema", node=defaults)
     try:
         with hydra.initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
-            config = hydra.compose(config_name=config_name, overrides=plain)
-        missing = sorted(re.sub(r"\[(\d+)\]", r".\1", key) for key in OmegaConf.missing_keys(config))
-        for key in missing:
-            raise ConfigError(f"{key}: must be given; add {key}=VALUE")
+            config = hydra.compose(
+                config_name=config_name, overrides=[f"{group}={value}" for group, value in choices.items() if value is not None]
+            )
+        for key, value in arguments:
+            if key not in groups:
+                _set(config, key, value, accepted)
+        missing = sorted(_dotted(key) for key in OmegaConf.missing_keys(config))
+        if missing:
+            raise ConfigError(f"{missing[0]}: must be given; add {missing[0]}=VALUE")
         values = typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-        for key, shared in _SHARED.get(schema, {}).items():
-            common = values.pop(key)
-            from_mapping(shared, common, f"{key}.")
-            for stage in values["stages"]:
-                if isinstance(stage, dict) and isinstance(stage.setdefault(key, {}), dict):
-                    stage[key] = common | stage[key]
-        for text in items:
-            override = OverridesParser.create().parse_override(text)
-            _set_item(values, override.key_or_group, override.value())
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(_explain(error, schema)) from None
+        raise ConfigError(" ".join(_explain(error, accepted).split())) from None
+    except (OSError, UnicodeError) as error:  # these say nothing of the file
+        chosen = ", ".join([config_name, *(f"{group}={value}" for group, value in choices.items())])
+        raise ConfigError(f"one of {chosen} cannot be read: {error}") from None
+    for key, shared in _SHARED.get(schema, {}).items():
+        common = values.pop(key)
+        from_mapping(shared, common, f"{key}.")
+        for stage in values["stages"] if isinstance(values["stages"], list) else []:
+            if isinstance(stage, dict) and isinstance(stage.setdefault(key, {}), dict):
+                stage[key] = common | stage[key]
     return values
-
-
-def _check_choice(key: str, value: str) -> None:
-    """Raises ConfigError where a group of configs is given what cannot be a file's name, which Hydra would take for none."""
-    options = sorted(path.stem for path in (CONFIG_DIR / key).glob("*.yaml")) if re.fullmatch(r"\w+", key) else []
-    named = re.fullmatch(r"[\w/.-]+", value) and value != "null"
-    if options and not named and (key, value) != ("experiment", "null"):
-        hint = f"; a list's items are set as {key}.0.KEY=VALUE" if value.startswith("[") else ""
-        raise ConfigError(f"{key}={value}: must be the name of a config; accepted: {', '.join(options)}{hint}")
-
-
-def _set_item(values: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    here: Any = values
-    for depth, part in enumerate([*parents, last]):
-        path = ".".join(key.split(".")[:depth])
-        if isinstance(here, list):
-            if not part.isdigit() or int(part) >= len(here):
-                raise ConfigError(f"{key}: no such item; {path} has {len(here)}, counted from 0")
-        elif not isinstance(here, dict):
-            raise ConfigError(f"{key}: no such key, {path} is {here!r}")
-        if depth == len(parents):
-            here[int(part) if isinstance(here, list) else part] = value
-        else:
-            here = here[int(part)] if isinstance(here, list) else here.setdefault(part, {})
 
 
 def compose(schema: type[T], *, config_name: str, overrides: Sequence[str] = ()) -> T:
@@ -158,6 +190,9 @@ def command(schema: type[T], *, config_name: str) -> Callable[[Callable[[T], Non
     def decorate(main: Callable[[T], None]) -> Callable[[], None]:
         @functools.wraps(main)
         def run() -> None:
+            for name in ("stdout", "stderr"):  # closed by whoever started us: the next file to be opened would take its place
+                if getattr(sys, name) is None:
+                    setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
             os.chdir(REPOSITORY)  # relative paths in a config mean the same from wherever it is started
             flags = [text for text in sys.argv[1:] if text.startswith("-")]
             overrides = [text for text in sys.argv[1:] if not text.startswith("-") and not ("--cfg" in flags and text == "job")]
@@ -180,9 +215,7 @@ def command(schema: type[T], *, config_name: str) -> Callable[[Callable[[T], Non
 
 
 def _help(main: Callable[..., None], config_name: str, values: dict[str, Any]) -> str:
-    root = yaml.safe_load((CONFIG_DIR / f"{config_name}.yaml").read_text())["defaults"]
-    groups = [next(iter(entry)) for entry in root if isinstance(entry, dict)]
-    options = [f"  {group}={'|'.join(sorted(path.stem for path in (CONFIG_DIR / group).glob('*.yaml')))}" for group in groups]
+    options = [f"  {group}={'|'.join(_options(group))}" for group in _groups(config_name)]
     about = (sys.modules[main.__module__].__doc__ or "").strip()
     return "\n".join([about, "", "Set as key=value; --cfg shows the result. Whole configs:", *options, "", "Every key:", _yaml(values)])
 

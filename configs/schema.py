@@ -191,9 +191,7 @@ class StageConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "tokens", "seq_len", "batch_tokens")
         _require(self.lr_scale > 0, "lr_scale", self.lr_scale, "must be positive")
-        _require(
-            self.batch_tokens % self.seq_len == 0, "batch_tokens", self.batch_tokens, f"must be a multiple of seq_len={self.seq_len}"
-        )
+        _require(self.batch_tokens % self.seq_len == 0, "batch_tokens", self.batch_tokens, f"must be a multiple of seq_len={self.seq_len}")
 
     @property
     def rows(self) -> int:
@@ -248,9 +246,7 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         _require(self.vocab_size >= 300, "vocab_size", self.vocab_size, "must be at least 300 (256 bytes and the separators)")
         _at_least(self, 1, "train_bytes")
-        _require(
-            self.kind is TokenizerKind.TRAIN or bool(self.path), "path", repr(self.path), f"must be given for kind={self.kind.value}"
-        )
+        _require(self.kind is TokenizerKind.TRAIN or bool(self.path), "path", repr(self.path), f"must be given for kind={self.kind.value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +296,7 @@ class OptimConfig:
     weight_decay: float = 0.1
     """Decoupled decay of the groups not named in no_decay."""
     no_decay: tuple[str, ...] = ("norm", "bias", "embedding")
-    """Parameter families without weight decay: norm, bias, embedding."""
+    """Parameter families without weight decay: norm, bias, embedding; the model must have one of them at least."""
     clip_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
     schedule: ScheduleKind = ScheduleKind.COSINE
@@ -340,9 +336,7 @@ class ParallelConfig:
         _require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "accepted: 0, 1, 2, 3")
         _at_least(self, 1, "micro_batch_rows")
         # DeepSpeed 0.19's bf16 path without ZeRO starts Adam's step counter one too high: first updates about 0.73 of what they should be.
-        _require(
-            not (self.zero_stage == 0 and self.precision is Precision.BF16), "zero_stage", 0, "bf16 needs ZeRO 1, 2 or 3"
-        )
+        _require(not (self.zero_stage == 0 and self.precision is Precision.BF16), "zero_stage", 0, "bf16 needs ZeRO 1, 2 or 3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -425,6 +419,7 @@ class RunConfig:
         _require(bool(self.run_dir), "run_dir", repr(self.run_dir), "must not be empty")
         _require(bool(self.resume), "resume", repr(self.resume), "accepted: auto, never, or a checkpoint's path")
         _at_least(self, 0, "seed", "max_steps")
+        _require(self.seed < 2**63, "seed", self.seed, "must be below 2^63")
         _at_least(self, 1, "max_skipped_in_a_row")
         _require(len(self.stages) > 0, "stages", "[]", "must hold at least one stage")
 
@@ -486,4 +481,3 @@ class EvaluateConfig:
             _require(context >= 1, "contexts", context, "must be at least 1")
         _at_least(self, 0, "max_documents", "min_document_tokens", "max_document_tokens")
         _require(self.max_document_tokens != 1, "max_document_tokens", 1, "must be 0 or at least 2 (the first token is not scored)")
-

@@ -38,7 +38,9 @@ def test_no_module_has_a_name_that_shadows():
 
 
 def test_ignore_patterns_hide_no_source():
-    hidden = subprocess.run(["git", "check-ignore", *(f"{room}/x.py" for room in ROOMS)], cwd=ROOT, capture_output=True, text=True, check=False)
+    hidden = subprocess.run(
+        ["git", "check-ignore", *(f"{room}/x.py" for room in ROOMS)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert hidden.stdout == ""
 
 
@@ -48,7 +50,9 @@ def test_imports_go_one_way():
 
 
 def test_ruff_is_content():
-    done = subprocess.run([Path(sys.executable).with_name("ruff"), "check", "--no-cache", "."], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("ruff"), "check", "--no-cache", "."], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -70,6 +74,22 @@ def test_help_shows_every_key():
 def test_an_unknown_flag_is_one_line(flag):
     done = execute([sys.executable, "-m", "train.main", flag, "seed=1,2"])
     assert (done.returncode, done.stderr) == (2, f"error: {flag}: no such flag; accepted: --help, --cfg, and key=value\n")
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "error"),
+    [
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        ("model=null 2>&-", 2, ""),
+        ("| head -n 1", 0, ""),
+        (">/dev/full", 2, "error: standard output: No space left on device; the work itself is done\n"),
+    ],
+)
+def test_an_output_that_nobody_takes_leaves_no_traceback(ending, status, error):
+    done = execute(["bash", "-o", "pipefail", "-c", f"'{sys.executable}' -m train.main --cfg job {ending}"])
+    assert (done.returncode, done.stderr) == (status, error)
+    assert "error" not in done.stdout
 
 
 def test_cfg_shows_the_run_that_the_arguments_make():

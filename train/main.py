@@ -1,7 +1,7 @@
 """The training program.
 
-    deepspeed --module --no_local_rank train.main experiment=NAME key=value ...     on 1..n GPUs (or gloo ranks)
-    python -m train.main experiment=NAME key=value ...                              one process
+deepspeed --module --no_local_rank train.main experiment=NAME key=value ...     on 1..n GPUs (or gloo ranks)
+python -m train.main experiment=NAME key=value ...                              one process
 """
 
 import sys

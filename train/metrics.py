@@ -19,6 +19,7 @@ from configs.schema import ConfigError, LoggingConfig, RunConfig
 from train.run_dir import unwritable, write_atomically
 
 FILE = "metrics.jsonl"
+_WANDB_SECONDS = 20  # to reach the server before the run goes on offline
 # Dense bf16 peak of one GPU in FLOP/s, from the vendor's data sheets; MFU is left out on anything else.
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "B200": 2250e12}
 
@@ -49,11 +50,14 @@ class _Sink(Protocol):
 class _JsonLines:
     def __init__(self, path: Path, first_step: int) -> None:
         """Keeps the lines of steps before `first_step`: a killed launch may have gone past the checkpoint it resumes from."""
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _is_before(line, first_step)]
-            write_atomically(path, "".join(f"{line}\n" for line in lines))
         self._path = path
-        self._file = path.open("a", buffering=1)
+        try:
+            if path.exists():
+                lines = [line for line in path.read_text().splitlines() if _is_before(line, first_step)]
+                write_atomically(path, "".join(f"{line}\n" for line in lines))
+            self._file = path.open("a", buffering=1)
+        except OSError as error:
+            raise unwritable(str(path), error) from None
 
     def write(self, values: Mapping[str, Any]) -> None:
         # JSON knows no NaN: a loss that is not finite is written as null.
@@ -133,14 +137,18 @@ class _Wandb:
 
         identity = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()  # a resume goes on in the same curve
         settings: dict[str, Any] = {"project": run.logging.project, "name": run.name, "id": identity, "dir": str(folder)}
-        settings |= {"resume": "allow", "config": to_mapping(run)}
+        settings |= {"resume": "allow", "config": to_mapping(run), "settings": wandb.Settings(init_timeout=_WANDB_SECONDS)}
         mode: Any = os.environ.get("WANDB_MODE", "online" if _has_wandb_key() else "offline")
+        if mode not in ("online", "offline", "disabled"):
+            raise ConfigError(f"WANDB_MODE={mode}: accepted: online, offline, disabled")
         try:
             self._run = wandb.init(mode=mode, **settings)
         except wandb.errors.Error as error:  # no network, a key that is refused: the figures are kept and can be sent later
             if mode == "offline":
                 raise ConfigError(f"logging.wandb=True: {error}") from None
-            print(f"wandb cannot be reached ({error}); logging offline", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                print(f"wandb cannot be reached ({' '.join(str(error).split())}); logging offline", file=sys.stderr)
+            wandb.teardown()  # its service still holds the run that failed, and refuses a second of the same id
             self._run = wandb.init(mode="offline", **settings)
 
     def write(self, values: Mapping[str, Any]) -> None:

@@ -21,14 +21,21 @@ def parameter_family(name: str, parameter: torch.Tensor) -> str:
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW with a decayed and an undecayed group.
 
-    Raises ConfigError where nothing would be decayed although a decay is asked for, which would be a silent mistake.
+    Raises ConfigError where a group that is asked for would be empty, which would be a silent mistake: nothing is left to decay,
+    or no parameter is of any family in `no_decay`. One of several may be absent: the default names biases, which few models have.
     """
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (undecayed if parameter_family(name, parameter) in config.no_decay else decayed).append(parameter)
     if config.weight_decay > 0 and not decayed:
-        raise ConfigError(f"optim.weight_decay={config.weight_decay}: no parameter is left to decay after no_decay={config.no_decay}")
+        raise ConfigError(
+            f"optim.weight_decay={config.weight_decay}: no parameter is left to decay after no_decay=[{', '.join(config.no_decay)}]"
+        )
+    if config.no_decay and not undecayed:
+        names = ", ".join(config.no_decay)
+        found = ", ".join(sorted({parameter_family(*item) for item in model.named_parameters()} - {"matrix"}))
+        raise ConfigError(f"optim.no_decay=[{names}]: this model has no such parameter; it has {found}")
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": undecayed, "weight_decay": 0.0},

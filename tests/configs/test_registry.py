@@ -1,16 +1,17 @@
 """The door from Hydra: strictness, one-line errors that say what is accepted, and that every YAML composes."""
 
 import itertools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from configs import registry
 from configs.checks import check_run, check_vocabulary
 from configs.mapping import first_difference, from_mapping, to_mapping
 from configs.registry import CONFIG_DIR, compose
-from configs.schema import AttentionConfig, ConfigError, EvaluateConfig, OptimConfig, PrepareConfig, RunConfig, ScheduleKind, StageConfig
-from train.optim import build_optimizer, learning_rate
+from configs.schema import AttentionConfig, ConfigError, EvaluateConfig, PrepareConfig, RunConfig, StageConfig
 from train.stages import place_of
 
 
@@ -26,8 +27,19 @@ GROUPS = {group: sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"
 
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in GROUPS.items() for name in names])
 def test_every_file_composes_and_passes_its_checks(group, name):
-    short = ("stages.0.seq_len=512",) if name == "tiny" else ()
-    check_run(_run(f"{group}={name}", *short), world_size=1)
+    check_run(_run(f"{group}={name}", *_short_enough(name)), world_size=1)
+
+
+_TOGETHER = set(itertools.product(GROUPS["model"], GROUPS["attention"], GROUPS["stages"])) - {("tiny", "moba_last3_full", "single")}
+
+
+@pytest.mark.parametrize(("model", "attention", "stages"), sorted(_TOGETHER))
+def test_every_model_goes_with_every_attention(model, attention, stages):
+    check_run(_run(f"model={model}", f"attention={attention}", f"stages={stages}", *_short_enough(model)), world_size=1)
+
+
+def _short_enough(model: str) -> tuple[str, ...]:
+    return ("stages.0.seq_len=512",) if model == "tiny" else ()
 
 
 def test_without_arguments_a_run_fits_its_corpus():
@@ -51,6 +63,51 @@ def test_every_root_composes():
     assert compose(EvaluateConfig, config_name="evaluate", overrides=["checkpoint=x"]).checkpoint == "x"
 
 
+@pytest.fixture
+def configs(tmp_path, monkeypatch) -> Path:
+    """A copy of the config files that a test may spoil."""
+    shutil.copytree(CONFIG_DIR, tmp_path / "configs")
+    monkeypatch.setattr(registry, "CONFIG_DIR", tmp_path / "configs")
+    return tmp_path / "configs"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            b"model: {hiden_size: 5}",
+            r"^model.hiden_size: no such key, did you mean 'model.hidden_size'\? \(in configs/experiment/mine.yaml\)$",
+        ),
+        (b"stagess: []", r"^stagess: no such key, did you mean 'stages'\? \(in configs/experiment/mine.yaml\)$"),
+        (b"name: [1", r"^a config file is not YAML: .*experiment/mine.yaml"),
+        (b"name: \xe9", r"^one of train, experiment=mine cannot be read: 'utf-8' codec"),
+        (b"5", r"^one of train, experiment=mine cannot be read: Invalid loaded object type: int$"),
+        (b"[1, 2]", r"^Cannot merge DictConfig with ListConfig \(in configs/experiment/mine.yaml\)$"),
+        (b"stages: []", r"^stages=\[\]: must hold at least one stage$"),
+        (b"stages: 5", r"^stages=5: must be a list$"),
+        (b"stages: [5]", r"^stages.0=5: must be a mapping with keys name"),
+        (b"stages: [{tokns: 5}]", r"^stages.0.tokns: no such key, did you mean 'stages.0.tokens'\?"),
+        (b"model:", r"^model=None: must be a mapping with keys vocab_size"),
+        (b"attention:", r"^attention=None: must be a mapping with keys rule"),
+        (b"name: ${nothing}", r"^name: Interpolation key 'nothing' not found$"),
+        (b"defaults: [{override /model: huge}]", r"^Could not find 'model/huge'"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named(configs, text, message):
+    (configs / "experiment" / "mine.yaml").write_bytes(b"# @package _global_\n" + text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        _run("experiment=mine")
+    assert "\n" not in str(caught.value)
+
+
+def test_stages_of_a_file_have_the_attention_of_the_run(configs):
+    stages = "[{tokens: 8192, attention: {rule: full}}, {tokens: 8192}]"
+    (configs / "experiment" / "mine.yaml").write_text(f"# @package _global_\nstages: {stages}\n")
+    run = _run("experiment=mine", "attention.topk=5", "stages.1.seq_len=1024")
+    assert [stage.attention for stage in run.stages] == [AttentionConfig(rule=rule, topk=5) for rule in ("full", "moba")]
+    assert [stage.seq_len for stage in run.stages] == [2048, 1024]
+
+
 # --- strictness --------------------------------------------------------------------------------------------------------------------
 
 
@@ -60,8 +117,22 @@ def test_every_root_composes():
         ("modle.hidden_size=5", r"^modle.hidden_size: no such key, did you mean 'model.hidden_size'\?$"),
         ("model.hiden_size=5", r"^model.hiden_size: no such key, did you mean 'model.hidden_size'\?$"),
         ("hidden_size=5", r"^hidden_size: no such key, did you mean 'model.hidden_size'\?$"),
-        ("stages.0.tokns=5", r"^stages.0.tokns: no such key, did you mean 'stages.0.tokens'\?; accepted: name, tokens"),
-        ("+foo=1", r"^foo: no such key; accepted: name, run_dir"),
+        ("stages.0.tokns=5", r"^stages.0.tokns: no such key, did you mean 'stages.0.tokens'\?$"),
+        ("+foo=1", r"^foo: no such key; accepted: attention, rope, name, run_dir"),
+        ("hydra/launcher=basic", r"^hydra/launcher: no such key; accepted: .*stages"),
+        ("attention.rule.0=full", r"^attention.rule.0: no such key, did you mean 'attention.rule'\?$"),
+        ("stages.x.tokens=5", r"^stages.x.tokens: no such key, did you mean 'stages.0.tokens'\?$"),
+        ("stages.0=5", r"^stages.0=5: must be a mapping with keys name, tokens"),
+        ("stages.0.tokens=5,6", r"^stages.0.tokens=5,6: is several values"),
+        ("stages.0.tokens=[}", r"^stages.0.tokens=\[\}: cannot be read as key=value"),
+        ("stages.0.name=???", r"^stages.0.name: must be given; add stages.0.name=VALUE$"),
+        ("stages.0.name=${nothing}", r"^stages.0.name: Interpolation key 'nothing' not found$"),
+        ("~stages.0.tokens", r"^~stages.0.tokens: must be key=value$"),
+        ("~attention", r"^~attention: must be key=value$"),
+        ("model@other=tiny", r"^model@other=tiny: must be key=value$"),
+        ("=5", r"^=5: must be key=value$"),
+        ("rope=null", r"^rope=None: must be a mapping with keys theta$"),
+        ("seed=1e30", r"^seed=1000000000000000019884624838656: must be below 2\^63$"),
         ("experiment=quikstart", r"^experiment=quikstart: no such config, did you mean 'quickstart'\?; accepted: quickstart"),
         ("model=huge", r"^model=huge: no such config; accepted: .*tiny"),
         ("model.hidden_size=big", r"^model.hidden_size='big': must be an integer$"),
@@ -71,25 +142,32 @@ def test_every_root_composes():
         ("optim.lr=-1", r"^optim.lr=-1.0: must be positive$"),
         ("name=5", r"^name=5: must be a text$"),
         ("logging.wandb=yess", r"^logging.wandb='yess': must be true or false$"),
-        ("optim.schedule=cosin", r"^optim.schedule='cosin': no such choice, did you mean 'cosine'\?; accepted: cosine, wsd, linear, constant$"),
+        (
+            "optim.schedule=cosin",
+            r"^optim.schedule='cosin': no such choice, did you mean 'cosine'\?; accepted: cosine, wsd, linear, constant$",
+        ),
         ("attention.backend=flash", r"^attention.backend='flash': no such choice; accepted: auto, reference, torch$"),
         ("attention.rule=modba", r"^attention.rule='modba': 'modba' does not end in an attention kind"),
         ("stages.0.seq_len=0", r"^stages.0.seq_len=0: must be at least 1$"),
         ("stages.0.batch_tokens=5000", r"^stages.0.batch_tokens=5000: must be a multiple of seq_len=2048$"),
         ("stages.1.tokens=5", r"^stages.1.tokens: no such item; stages has 1, counted from 0$"),
         ("stages.0.attention.rul=full", r"^stages.0.attention.rul: no such key, did you mean 'stages.0.attention.rule'\?"),
-        ("stages=[]", r"^stages=\[\]: must be the name of a config; accepted: single; a list's items are set as stages.0.KEY=VALUE$"),
-        ("stages=[{tokens: 5}]", r"^stages=\[.*\]: must be the name of a config"),
-        ("model=null", r"^model=null: must be the name of a config; accepted: .*tiny"),
-        ("attention=null", r"^attention=null: must be the name of a config"),
+        ("stages=[]", r"^stages=\[\]: no such config; accepted: single; a list's items are set as stages.0.KEY=VALUE$"),
+        ("stages=[{tokens: 5}]", r"^stages=\[.*\]: no such config; accepted: single; a list's items"),
+        ("stages=5", r"^stages=5: no such config; accepted: single$"),
+        ("logging={wandb: true}", r"^logging=.*: no such config.*; accepted: console, tensorboard, wandb$"),
+        ("model=null", r"^model=null: no such config; accepted: .*tiny"),
+        ("attention=null", r"^attention=null: no such config.*; accepted: full, moba, moba_last3_full$"),
         ("optim.lr=inf", r"^optim.lr=inf: must be a finite number$"),
         ("optim.eps=nan", r"^optim.eps=nan: must be a finite number$"),
         ("data.prepared_dir=''", r"^data.prepared_dir='': must not be empty$"),
         ("model.num_heads=3", r"^model.num_heads=3: must be a multiple of num_kv_heads=2$"),
         ("parallel.zero_stage=4", r"^parallel.zero_stage=4: accepted: 0, 1, 2, 3$"),
         ("data.sources=5", r"^data.sources=5: must be a list$"),
+        ("data.sources={name: x}", r"^data.sources={'name': 'x'}: must be a list$"),
+        ("data.sources.2.path=x", r"^data.sources.2.path: no such item; data.sources has 2, counted from 0$"),
         ("optim.no_decay=[norms]", r"^optim.no_decay=norms: accepted: norm, bias, embedding$"),
-        ("attention.rule=last 3 full, rest moba", r"Ambiguous value .*quote a value that holds commas"),
+        ("attention.rule=last 3 full, rest moba", r"is several values .*quote a value that holds commas"),
         ("attention.rule=moba(64, 3)", r"cannot be read as key=value.*quote"),
     ],
 )
@@ -106,9 +184,25 @@ def test_preparation_needs_the_path_that_a_recipe_leaves_open(overrides):
 
 
 def test_what_holds_for_every_stage_is_set_once_and_changed_where_it_differs():
-    run = _run("attention.rule=full", "attention.block_size=64", "stages.0.attention.rule=moba", "stages.0.rope.theta=5e5", "rope.theta=2e4")
+    run = _run(
+        "attention.rule=full", "attention.block_size=64", "stages.0.attention.rule=moba", "stages.0.rope.theta=5e5", "rope.theta=2e4"
+    )
     assert run.stages[0].attention == AttentionConfig(rule="moba", block_size=64, topk=3)
     assert run.stages[0].rope.theta == 5e5
+
+
+@pytest.mark.parametrize(
+    "override", ["stages.0={tokens: 4096, seq_len: 512, batch_tokens: 512}", "stages.0.attention={topk: 5}", "stages.0.attention={}"]
+)
+def test_a_stage_that_leaves_attention_open_has_that_of_the_run(override):
+    attention = _run("attention=moba", "attention.block_size=64", override).stages[0].attention
+    assert (attention.rule, attention.block_size) == ("moba", 64)
+
+
+def test_a_mapping_changes_the_keys_it_names():
+    run = _run("experiment=quickstart", "checkpoint={keep_last: 7}", "++seed=3", "experiment=null", "stages.0.name=${name}")
+    assert run.checkpoint.keep_last == 7 and run.seed == 3 and run.name == run.stages[0].name == "run"
+    assert _run("experiment=quickstart", "checkpoint={keep_last: 7}").checkpoint.every_steps == 50
 
 
 def test_a_list_of_one_may_be_written_as_its_item():
@@ -139,7 +233,16 @@ def test_numbers_may_be_written_as_people_write_them():
         (["model.max_seq_len=1024"], 1, r"stages.0.seq_len=2048: is beyond .* model.max_seq_len=1024"),
         ([], 3, r"stages.0.batch_tokens=8192: is 4 rows of 2048, which 3 ranks × parallel.micro_batch_rows=1 = 3 does not divide"),
         (["parallel.micro_batch_rows=8"], 1, r"is 4 rows of 2048, which 1 ranks × parallel.micro_batch_rows=8 = 8 does not divide"),
-        (["attention.rule='layers 7 full, rest moba'"], 1, r"stages.0.attention.rule=.*layers \[7\] do not exist; the model has layers 0..3"),
+        (
+            ["attention.rule='layers 7 full, rest moba'"],
+            1,
+            r"stages.0.attention.rule=.*layers \[7\] do not exist; the model has layers 0..3",
+        ),
+        (
+            ["model=tiny", "stages.0.seq_len=512", "attention=moba_last3_full"],
+            1,
+            r"'rest moba.*' names no layer that is still free among 2$",
+        ),
         (["attention.rule='last 1 full'"], 1, r"layers \[0, 1, 2\] of 4 are named by no clause"),
     ],
 )
@@ -165,31 +268,6 @@ def test_places_follow_the_stages():
     assert [place.index for place in places] == [0, 0, 0, 0, 1, 1]
     assert [place.tokens_before for place in places] == [0, 256, 512, 768, 1024, 1536]
     assert [place.is_switch for place in places] == [False, False, False, False, True, False]
-
-
-@pytest.mark.parametrize("schedule", list(ScheduleKind))
-def test_the_learning_rate_warms_up_and_ends_where_it_should(schedule):
-    config = OptimConfig(lr=1.0, schedule=schedule, warmup_fraction=0.1, decay_fraction=0.2, min_lr_ratio=0.1)
-    rates = [learning_rate(config, tokens, 1000) for tokens in range(0, 1001, 10)]
-    assert rates[0] == 0 and rates[5] == pytest.approx(0.5) and rates[10] == pytest.approx(1.0)
-    assert rates[-1] == pytest.approx(1.0 if schedule is ScheduleKind.CONSTANT else 0.1)
-    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(rates[10:]))
-    if schedule is ScheduleKind.WSD:
-        assert rates[80] == pytest.approx(1.0) and rates[90] == pytest.approx(0.55)
-
-
-def test_optimizer_groups_follow_the_families():
-    from model.transformer import Transformer
-
-    run = _run("model=tiny", "model.qkv_bias=true", "model.qk_norm=true")
-    model = Transformer(run.model, run.stages[0].attention.per_layer(2), run.stages[0].rope)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, undecayed = ([names[id(parameter)] for parameter in group["params"]] for group in build_optimizer(model, run.optim).param_groups)
-    assert all("norm" not in name and "bias" not in name and "embedding" not in name for name in decayed)
-    assert len(decayed) == 2 * 7 and "embedding.weight" in undecayed
-    assert any("q_norm" in name for name in undecayed) and any(name.endswith("bias") for name in undecayed)
-    everything = build_optimizer(model, replace(run.optim, no_decay=()))
-    assert [group["weight_decay"] for group in everything.param_groups] == [run.optim.weight_decay]
 
 
 def test_paths_mean_the_same_from_everywhere():
