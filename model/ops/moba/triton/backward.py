@@ -235,8 +235,8 @@ def moba_backward(
     tile = tile_of("dk_dv", blocks.size)
     keys, tiles = tile.columns, blocks.size // tile.columns
     tensors, numbers = (q, k, v, d_out, lse, delta), (heads.start, group, num_tokens, blocks.count)
-    sizes = {"TILES": tiles, "D": head_dim, "P": max(1, num_past), "BK": keys, "BM": tile.rows, "SPLIT": _SPLIT * max(1, num_past) * blocks.size,
-             "KEEP_DQ": one_tile, "STAGES": tile.stages, "num_warps": tile.warps}  # fmt: skip
+    sizes = {"TILES": tiles, "D": head_dim, "P": max(1, num_past), "BK": keys, "BM": tile.rows,
+             "SPLIT": _SPLIT * max(1, num_past) * blocks.size, "KEEP_DQ": one_tile, "STAGES": tile.stages, "num_warps": tile.warps}  # fmt: skip
     partial, tables = slots, (slots, slots, slots, slots)  # not read where there are no lists
     if lists is not None:
         long = cut_lists(lists, sizes["SPLIT"], skip=1)

@@ -158,7 +158,9 @@ def moba_forward(
             _past_resident_kernel[(items.bound,)](q, k, v, slots, slot_lse, *tables, *strides, *numbers, SIZE=size, **sizes)
         else:
             described = (describe(k, tile.columns), describe(v, tile.columns))
-            _past_streaming_kernel[(items.bound,)](q, *described, slots, slot_lse, *tables, *strides[:2], *numbers, BN=tile.columns, **sizes)
+            _past_streaming_kernel[(items.bound,)](
+                q, *described, slots, slot_lse, *tables, *strides[:2], *numbers, BN=tile.columns, **sizes
+            )
     tile = tile_of("own", blocks.size)
     tiles = triton.cdiv(blocks.size, tile.rows)
     _own_kernel[(blocks.count * tiles, len(heads))](
