@@ -1,5 +1,6 @@
 """`python -m scripts.prepare_data` as a user types it; the recipes in configs/data."""
 
+import functools
 import os
 import resource
 import signal
@@ -78,7 +79,9 @@ def test_an_interruption_leaves_nothing_behind(tmp_path, number, model_file):
     """Sent to the whole process group, workers among it, as a terminal does."""
     kind = ["data.tokenizer.kind=sentencepiece", f"data.tokenizer.path={model_file}", "data.num_workers=2"]
     command = [*COMMAND, "data=bundled", f"data.prepared_dir={tmp_path}/new/corpus", *kind]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    heard = functools.partial(signal.signal, number, signal.SIG_DFL)  # a shell's background job, as the tests may be, ignores SIGINT
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes, start_new_session=True, preexec_fn=heard) as process:
         deadline = time.monotonic() + 30
         while not list(tmp_path.rglob("train-*.bin")):  # tokens have come from the workers
             assert process.poll() is None and time.monotonic() < deadline
