@@ -27,18 +27,27 @@ def _delta_kernel(OUT, D_OUT, DELTA, num_tokens, out_stride_t, grad_stride_t, gr
 
 
 @triton.jit
-def _key_tile(q_at, do_at, lse_at, delta_at, inside, k, v, dk, dv, causal, scale, dq_at, OWN: tl.constexpr, KEEP_DQ: tl.constexpr):
-    # One tile of queries against one of keys, scores transposed: keys down, queries across. Queries that are not inside repeat another.
+def _key_tile(q_at, do_at, lse_at, delta_at, inside, k, v, dk, dv, row, key, scale, dq_at, OWN: tl.constexpr, KEEP_DQ: tl.constexpr):
+    # One tile of queries against one of keys. Queries that are not inside repeat another. Where dQ is kept the scores stand transposed,
+    # keys down, since dK and dV then take them from registers; with 64 keys and 4 warps the other way round spills less.
     q, do, delta = tl.load(q_at), tl.load(do_at), tl.load(delta_at)
     lse = tl.where(inside, tl.load(lse_at), float("inf"))  # probability 0
-    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])
-    if OWN:
-        p = tl.where(causal, p, 0.0)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-    ds = (p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])).to(q.dtype)
-    dk = tl.dot(ds, q, dk, input_precision="ieee")
     if KEEP_DQ:
-        tl.store(dq_at, tl.dot(tl.trans(ds), k, input_precision="ieee").to(q.dtype), mask=inside[:, None])
+        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])
+        if OWN:
+            p = tl.where(row[None, :] >= key[:, None], p, 0.0)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        ds = (p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision="ieee")
+        if not OWN:
+            tl.store(dq_at, tl.dot(tl.trans(ds), k, input_precision="ieee").to(q.dtype), mask=inside[:, None])
+    else:
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
+        if OWN:
+            p = tl.where(row[:, None] >= key[None, :], p, 0.0)
+        dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision="ieee")
+        ds = (p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])).to(q.dtype)
+        dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -51,11 +60,12 @@ def _list_tiles(
     dims, rows = tl.arange(0, D), tl.arange(0, BM)
     for i in tl.range(begin, end, BM, num_stages=STAGES):
         inside = i + rows < end
-        entry = tl.load(ENTRIES + i + rows, mask=inside, other=0).to(tl.int64)
-        token = entry // P
+        entry = tl.load(ENTRIES + i + rows, mask=inside, other=0)
+        token = (entry // P).to(tl.int64)
         dk, dv = _key_tile(
             Q + token[:, None] * stride_t + dims[None, :], D_OUT + token[:, None] * grad_stride_t + dims[None, :],
-            LSE + token, DELTA + token, inside, k, v, dk, dv, inside, scale, DQ_SLOTS + entry[:, None] * D + dims[None, :], False, KEEP_DQ,
+            LSE + token, DELTA + token, inside, k, v, dk, dv, rows, dims, scale, DQ_SLOTS + entry.to(tl.int64)[:, None] * D + dims[None, :],
+            False, KEEP_DQ,
         )  # fmt: skip
     return dk, dv
 
@@ -119,8 +129,8 @@ def _dk_dv_kernel(
                 token = (start + tl.minimum(row, length - 1)).to(tl.int64)
                 dk, dv = _key_tile(
                     q_head + token[:, None] * stride_t + dims[None, :], do_head + token[:, None] * grad_stride_t + dims[None, :],
-                    lse_head + token, delta_head + token, row < length, k, v, dk, dv, row[None, :] >= key[:, None], scale,
-                    DQ_SLOTS, True, False,
+                    lse_head + token, delta_head + token, row < length, k, v, dk, dv, row, key, scale, DQ_SLOTS, True,
+                    KEEP_DQ,
                 )  # fmt: skip
             if LISTS:
                 which = local_head * num_blocks + block
@@ -166,8 +176,8 @@ def _dq_past_kernel(
         head = first_head + local_head
         dims, rows, keys = tl.arange(0, D), tl.arange(0, BM), tl.arange(0, BN)
         inside = begin + rows < count
-        entry = tl.load(ENTRIES + tl.load(OFFSET + which) + begin + rows, mask=inside, other=0).to(tl.int64)
-        token = entry // P
+        entry = tl.load(ENTRIES + tl.load(OFFSET + which) + begin + rows, mask=inside, other=0)
+        token = (entry // P).to(tl.int64)
         q = tl.load(Q + token[:, None] * stride_t + head * stride_h + dims[None, :])
         do = tl.load(D_OUT + token[:, None] * grad_stride_t + head * grad_stride_h + dims[None, :])
         lse, delta = tl.load(LSE + head * num_tokens + token), tl.load(DELTA + head * num_tokens + token)
@@ -235,11 +245,12 @@ def moba_backward(
     tile = tile_of("dk_dv", blocks.size)
     keys, tiles = tile.columns, blocks.size // tile.columns
     tensors, numbers = (q, k, v, d_out, lse, delta), (heads.start, group, num_tokens, blocks.count)
-    sizes = {"TILES": tiles, "D": head_dim, "P": max(1, num_past), "BK": keys, "BM": tile.rows,
-             "SPLIT": _SPLIT * max(1, num_past) * blocks.size, "KEEP_DQ": one_tile, "STAGES": tile.stages, "num_warps": tile.warps}  # fmt: skip
+    split = _SPLIT * max(1, num_past) * blocks.size
+    sizes = {"TILES": tiles, "D": head_dim, "P": max(1, num_past), "BK": keys, "BM": tile.rows, "SPLIT": split, "KEEP_DQ": one_tile,
+             "STAGES": tile.stages, "num_warps": tile.warps}  # fmt: skip
     partial, tables = slots, (slots, slots, slots, slots)  # not read where there are no lists
     if lists is not None:
-        long = cut_lists(lists, sizes["SPLIT"], skip=1)
+        long = cut_lists(lists, split, skip=1)
         partial = torch.empty(long.bound * tiles, 2, keys, head_dim, device=q.device, dtype=torch.float32)
         tables = (lists.entries, lists.offset, lists.count, long.ends)
         if long.bound:

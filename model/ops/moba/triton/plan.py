@@ -80,14 +80,17 @@ class Tile:
 
 # By kernel, for blocks of at least so many tokens: measured on one H200 at D = 128, see README.md.
 _TILES = {
-    "gate": {64: Tile(rows=128, columns=64, stages=2, warps=8)},
+    "gate": {64: Tile(rows=128, columns=64, stages=2, warps=4)},
     "past": {
         64: Tile(rows=64, columns=64, stages=3, warps=4),
         2048: Tile(rows=128, columns=128, stages=3, warps=8),
     },
-    "own": {64: Tile(rows=64, columns=64, stages=2, warps=4)},
-    "dk_dv": {64: Tile(rows=64, columns=128, stages=2, warps=8)},
-    "dq_past": {64: Tile(rows=64, columns=64, stages=2, warps=4)},
+    "own": {64: Tile(rows=64, columns=64, stages=3, warps=4)},
+    "dk_dv": {
+        64: Tile(rows=64, columns=128, stages=2, warps=8),
+        256: Tile(rows=64, columns=64, stages=2, warps=4),
+    },
+    "dq_past": {64: Tile(rows=128, columns=64, stages=3, warps=8)},
     "dq_own": {64: Tile(rows=64, columns=64, stages=2, warps=4)},
 }
 
