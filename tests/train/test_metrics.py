@@ -1,5 +1,6 @@
 """Where figures go when something is in the way: a full disk, a reader that has left, wandb without its server."""
 
+import contextlib
 import io
 import resource
 import sys
@@ -24,17 +25,23 @@ def _metrics(folder, *overrides: str) -> Metrics:
 # --- metrics.jsonl -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk():
-    """No file may grow beyond 1000 bytes: to a program the same as a disk that is full."""
+@contextlib.contextmanager
+def _small_disk():
+    """No file may grow beyond 1000 bytes: to a program the same as a disk that is full.
+
+    No fixture: pytest reports a test before its fixtures end, and its own output may be a file.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_named(tmp_path, small_disk):
-    with pytest.raises(ConfigError, match=r"metrics.jsonl: the disk is full"), _metrics(tmp_path, "logging.progress=false") as metrics:
+def test_a_full_disk_is_named(tmp_path):
+    refused = pytest.raises(ConfigError, match=r"metrics.jsonl: the disk is full")
+    with _metrics(tmp_path, "logging.progress=false") as metrics, refused, _small_disk():
         for _ in range(10):
             metrics.step(STEP)
 
