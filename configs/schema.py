@@ -35,6 +35,7 @@ class AttentionBackend(Enum):
     AUTO = "auto"
     REFERENCE = "reference"
     TORCH = "torch"
+    TRITON = "triton"
 
 
 class ScheduleKind(Enum):
@@ -152,7 +153,7 @@ class AttentionConfig:
     topk: int = 3
     """Blocks a query sees, its own included, where the rule says plain `moba`."""
     backend: AttentionBackend = AttentionBackend.AUTO
-    """auto, reference or torch."""
+    """auto, reference, torch or triton."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "block_size", "topk")
@@ -473,7 +474,7 @@ class EvaluateConfig:
     precision: Precision = Precision.FP32
     """fp32 or bf16."""
     backend: AttentionBackend = AttentionBackend.AUTO
-    """auto, reference or torch."""
+    """auto, reference, torch or triton."""
 
     def __post_init__(self) -> None:
         _require(bool(self.checkpoint), "checkpoint", repr(self.checkpoint), "must be a run folder or a checkpoint folder")

@@ -1,9 +1,14 @@
 """For every test: no name but this machine's own is reached, since nothing may be fetched after the installation."""
 
 import ipaddress
+import os
 import socket
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported: kernels then run on the CPU, in Python
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -16,6 +16,12 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, 
 
     Returns the document boundaries `[0, ..., T]` as Python integers. Raises ValueError.
     """
+    check_packed(q, k, v, softmax_scale)
+    return document_bounds(cu_seqlens, num_tokens=q.shape[0], device=q.device)
+
+
+def check_packed(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> None:
+    """The part of `check_attention` that reads no values: q `[T, Hq, D]`, k and v `[T, Hkv, D]`."""
     check_tensors({"q": q, "k": k, "v": v})
     if k.shape != v.shape:
         raise ValueError(f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; both must be [T, Hkv, D]")
@@ -23,7 +29,6 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, 
         raise ValueError(f"q has T={q.shape[0]} tokens and k T={k.shape[0]}; they must be equal")
     check_heads(q, k)
     check_scale(softmax_scale)
-    return document_bounds(cu_seqlens, num_tokens=q.shape[0], device=q.device)
 
 
 def check_routing(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> list[int]:

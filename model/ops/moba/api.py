@@ -5,14 +5,14 @@ import itertools
 import torch
 from torch import Tensor
 
-from model.ops.checks import check_attention, check_backend, check_positive_int
+from model.ops.checks import check_backend, check_packed, check_positive_int, document_bounds
 from model.ops.full import full_attention
 from model.ops.moba.blocked import moba_blocked
 from model.ops.moba.reference import moba_reference
+from model.ops.moba.triton.limits import refusal
 
 _IMPLEMENTATIONS = {"reference": moba_reference, "torch": moba_blocked}
-_AUTO = {"default": "torch"}  # by device type
-BACKENDS = ("auto", *_IMPLEMENTATIONS)
+BACKENDS = ("auto", "reference", "torch", "triton")
 
 
 def moba_attention(
@@ -25,6 +25,7 @@ def moba_attention(
     cu_seqlens: Tensor | None = None,
     softmax_scale: float | None = None,
     backend: str = "auto",
+    workspace: int = 1 << 30,
 ) -> Tensor:
     """Mixture of Block Attention (arXiv 2502.13189, eq. 2-6) over packed documents, differentiable in q, k and v.
 
@@ -41,21 +42,36 @@ def moba_attention(
             CPU (which saves a device synchronisation); None means one document.
         softmax_scale: factor on the scores (not on the gate, which has none); None means D ** -0.5.
         backend: one of `BACKENDS`. "reference" is the O(T²) specification, "torch" runs on any device in memory
-            linear in T; "auto" takes "torch". Except in "reference", a call whose longest document has at most
-            topk * block_size tokens goes to full attention: the same function, cheaper.
+            linear in T, "triton" on CUDA devices with bfloat16 or float16; "auto" takes "triton" on a CUDA device where it
+            serves the call, else "torch". Except in "reference", a call whose longest document has at most
+            topk * block_size tokens goes to full attention: the same function, cheaper. (A compiled graph reads no
+            boundaries, so there T counts for the longest document.)
+        workspace: bytes that "triton" may hold of partial results beyond inputs, output and gradients.
 
     Returns: `[T, Hq, D]` in q's dtype.
     Raises: ValueError naming the argument, its value and what is accepted.
     """
     check_backend(backend, BACKENDS)
-    check_positive_int(block_size=block_size, topk=topk)
-    bounds = check_attention(q, k, v, cu_seqlens, softmax_scale)
+    check_positive_int(block_size=block_size, topk=topk, workspace=workspace)
+    check_packed(q, k, v, softmax_scale)
+    refused = refusal(q, k, block_size=block_size, topk=topk)
     if backend == "auto":
-        backend = _AUTO.get(q.device.type, _AUTO["default"])
-    longest = max(end - start for start, end in itertools.pairwise(bounds))
+        backend = "torch" if refused or not q.is_cuda else "triton"
+    if backend == "triton" and refused:
+        raise ValueError(f"backend='triton': {refused}; backend='torch' takes others")
+    num_tokens = q.shape[0]
+    if backend == "triton" and torch.compiler.is_compiling() and cu_seqlens is not None:
+        longest = num_tokens  # the operator reads and checks the boundaries: here it would break the graph
+    else:
+        bounds = document_bounds(cu_seqlens, num_tokens=num_tokens, device=q.device)
+        longest = max(end - start for start, end in itertools.pairwise(bounds))
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     if backend != "reference" and topk * block_size >= longest:
         return full_attention(q, k, v, cu_seqlens=cu_seqlens, softmax_scale=softmax_scale)
-    scale = softmax_scale or q.shape[-1] ** -0.5
-    run = _IMPLEMENTATIONS[backend]
+    sizes = {"block_size": block_size, "topk": topk, "softmax_scale": softmax_scale or q.shape[-1] ** -0.5}
     with torch.autocast(q.device.type, enabled=False):  # the inputs' dtype decides, and the gate needs fp32
-        return run(q, k, v, bounds=bounds, block_size=block_size, topk=topk, softmax_scale=scale)
+        if backend == "triton":
+            from model.ops.moba.triton.operator import moba_triton  # Triton may be missing where its kernels are not used
+
+            return moba_triton(q, k, v, cu_seqlens, workspace=workspace, **sizes)
+        return _IMPLEMENTATIONS[backend](q, k, v, bounds=bounds, **sizes)

@@ -1,5 +1,4 @@
-"""The `triton` backend: MoBA for one GPU, forward and backward, deterministic."""
+"""MoBA kernels in Triton: gate, deterministic index, forward and backward, in memory linear in T.
 
-from model.ops.moba.triton.operator import moba_triton
-
-__all__ = ["moba_triton"]
+Nothing is imported here: `limits` alone is read where Triton may be missing, and `operator.moba_triton` is the door to the rest.
+"""

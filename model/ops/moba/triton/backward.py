@@ -10,10 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.ops.moba.triton.index import Lists, cut_lists
-from model.ops.moba.triton.plan import Blocks, tile_of
-
-# A list longer than this many times the mean length is split over programs: trained models have blocks that most queries choose.
-_SPLIT = 4
+from model.ops.moba.triton.plan import SPLIT, Blocks, offsets, tile_of
 
 
 @triton.jit
@@ -54,17 +51,17 @@ def _key_tile(q_at, do_at, lse_at, delta_at, inside, k, v, dk, dv, row, key, sca
 @triton.jit
 def _list_tiles(
     Q, D_OUT, LSE, DELTA, DQ_SLOTS, ENTRIES, begin, end, stride_t, grad_stride_t, k, v, dk, dv, scale,
-    D: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, KEEP_DQ: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, KEEP_DQ: tl.constexpr, INT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # Entries begin..end of one list; the pointers are those of its head.
     dims, rows = tl.arange(0, D), tl.arange(0, BM)
     for i in tl.range(begin, end, BM, num_stages=STAGES):
         inside = i + rows < end
-        entry = tl.load(ENTRIES + i + rows, mask=inside, other=0)
-        token = (entry // P).to(tl.int64)
+        entry = tl.load(ENTRIES + i + rows, mask=inside, other=0).to(INT)
+        token = entry // P
         dk, dv = _key_tile(
             Q + token[:, None] * stride_t + dims[None, :], D_OUT + token[:, None] * grad_stride_t + dims[None, :],
-            LSE + token, DELTA + token, inside, k, v, dk, dv, rows, dims, scale, DQ_SLOTS + entry.to(tl.int64)[:, None] * D + dims[None, :],
+            LSE + token, DELTA + token, inside, k, v, dk, dv, rows, dims, scale, DQ_SLOTS + entry[:, None] * D + dims[None, :],
             False, KEEP_DQ,
         )  # fmt: skip
     return dk, dv
@@ -72,28 +69,30 @@ def _list_tiles(
 
 @triton.jit
 def _dk_dv_long_kernel(
-    Q, K, V, D_OUT, LSE, DELTA, PARTIAL, DQ_SLOTS, ENTRIES, OFFSET, COUNT, ENDS, PIECE, START,
+    Q, K, V, D_OUT, LSE, DELTA, PARTIAL, DQ_SLOTS, ENTRIES, BEGIN, END, ENDS, PIECE, START,
     stride_t, stride_h, kv_stride_t, kv_stride_h, grad_stride_t, grad_stride_h,
     first_head, group, num_tokens, num_blocks, num_lists, scale,
     TILES: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, KEEP_DQ: tl.constexpr,
-    STAGES: tl.constexpr,
+    INT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # What a list holds past its first SPLIT entries, SPLIT at a time: sums of dK and dV that the next kernel adds up in order.
     piece, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     if piece < tl.load(ENDS + num_lists - 1):
         which = tl.load(PIECE + piece)
-        count = tl.load(COUNT + which)
+        list_begin = tl.load(BEGIN + which)
+        count = tl.load(END + which) - list_begin
         begin = (piece - tl.load(ENDS + which) + (count + SPLIT - 1) // SPLIT) * SPLIT
         local_head, block = (which // num_blocks).to(tl.int64), which % num_blocks
         head = first_head + local_head
         dims, keys = tl.arange(0, D), tl.arange(0, BK)
-        at = (tl.load(START + block) + tile * BK + keys).to(tl.int64)[:, None] * kv_stride_t + (head // group) * kv_stride_h + dims[None, :]
-        k, v = tl.load(K + at), tl.load(V + at)
+        at = (tl.load(START + block) + tile * BK + keys).to(INT)[:, None] * kv_stride_t + dims[None, :]
+        kv_head = (head // group) * kv_stride_h
+        k, v = tl.load(K + kv_head + at), tl.load(V + kv_head + at)
         dk, dv = tl.zeros((BK, D), tl.float32), tl.zeros((BK, D), tl.float32)
         dk, dv = _list_tiles(
             Q + head * stride_h, D_OUT + head * grad_stride_h, LSE + head * num_tokens, DELTA + head * num_tokens,
-            DQ_SLOTS + local_head * num_tokens * P * D, ENTRIES + tl.load(OFFSET + which), begin, tl.minimum(begin + SPLIT, count),
-            stride_t, grad_stride_t, k, v, dk, dv, scale, D, P, BM, KEEP_DQ, STAGES,
+            DQ_SLOTS + local_head * num_tokens * P * D, ENTRIES + list_begin, begin, tl.minimum(begin + SPLIT, count),
+            stride_t, grad_stride_t, k, v, dk, dv, scale, D, P, BM, KEEP_DQ, INT, STAGES,
         )  # fmt: skip
         partial = PARTIAL + (piece.to(tl.int64) * TILES + tile) * (2 * BK * D) + keys[:, None] * D + dims[None, :]
         tl.store(partial, dk)
@@ -102,11 +101,11 @@ def _dk_dv_long_kernel(
 
 @triton.jit
 def _dk_dv_kernel(
-    Q, K, V, D_OUT, LSE, DELTA, DK, DV, PARTIAL, DQ_SLOTS, ENTRIES, OFFSET, COUNT, ENDS, START, LENGTH,
+    Q, K, V, D_OUT, LSE, DELTA, DK, DV, PARTIAL, DQ_SLOTS, ENTRIES, BEGIN, END, ENDS, START, LENGTH,
     stride_t, stride_h, kv_stride_t, kv_stride_h, grad_stride_t, grad_stride_h, dk_stride_t,
     first_head, group, num_tokens, num_blocks, scale, softmax_scale,
     TILES: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, KEEP_DQ: tl.constexpr,
-    LISTS: tl.constexpr, STAGES: tl.constexpr,
+    LISTS: tl.constexpr, INT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     block, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     start, length = tl.load(START + block), tl.load(LENGTH + block)
@@ -116,8 +115,8 @@ def _dk_dv_kernel(
         dims, rows, keys = tl.arange(0, D), tl.arange(0, BM), tl.arange(0, BK)
         key = tile * BK + keys
         real = (key < length)[:, None]
-        at = (start + tl.minimum(key, length - 1)).to(tl.int64)[:, None] * kv_stride_t + kv_head * kv_stride_h + dims[None, :]
-        k, v = tl.load(K + at), tl.load(V + at)
+        at = (start + tl.minimum(key, length - 1)).to(INT)[:, None] * kv_stride_t + dims[None, :]
+        k, v = tl.load(K + kv_head * kv_stride_h + at), tl.load(V + kv_head * kv_stride_h + at)
         dk, dv = tl.zeros((BK, D), tl.float32), tl.zeros((BK, D), tl.float32)
         for g in range(group):
             local_head = (local_kv * group + g).to(tl.int64)
@@ -126,7 +125,7 @@ def _dk_dv_kernel(
             lse_head, delta_head = LSE + head * num_tokens, DELTA + head * num_tokens
             for i in tl.range(tile * BK, length, BM, num_stages=1):
                 row = i + rows
-                token = (start + tl.minimum(row, length - 1)).to(tl.int64)
+                token = (start + tl.minimum(row, length - 1)).to(INT)
                 dk, dv = _key_tile(
                     q_head + token[:, None] * stride_t + dims[None, :], do_head + token[:, None] * grad_stride_t + dims[None, :],
                     lse_head + token, delta_head + token, row < length, k, v, dk, dv, row, key, scale, DQ_SLOTS, True,
@@ -134,10 +133,11 @@ def _dk_dv_kernel(
                 )  # fmt: skip
             if LISTS:
                 which = local_head * num_blocks + block
-                count = tl.load(COUNT + which)
+                list_begin = tl.load(BEGIN + which)
+                count = tl.load(END + which) - list_begin
                 dk, dv = _list_tiles(
-                    q_head, do_head, lse_head, delta_head, DQ_SLOTS + local_head * num_tokens * P * D, ENTRIES + tl.load(OFFSET + which),
-                    0, tl.minimum(count, SPLIT), stride_t, grad_stride_t, k, v, dk, dv, scale, D, P, BM, KEEP_DQ, STAGES,
+                    q_head, do_head, lse_head, delta_head, DQ_SLOTS + local_head * num_tokens * P * D, ENTRIES + list_begin,
+                    0, tl.minimum(count, SPLIT), stride_t, grad_stride_t, k, v, dk, dv, scale, D, P, BM, KEEP_DQ, INT, STAGES,
                 )  # fmt: skip
                 if count > SPLIT:
                     pieces = (count - 1) // SPLIT
@@ -146,7 +146,7 @@ def _dk_dv_kernel(
                         partial = PARTIAL + ((first + nth) * TILES + tile) * (2 * BK * D) + keys[:, None] * D + dims[None, :]
                         dk += tl.load(partial)
                         dv += tl.load(partial + BK * D)
-        at = (start + key).to(tl.int64)[:, None] * dk_stride_t + kv_head * D + dims[None, :]
+        at = kv_head * D + (start + key).to(INT)[:, None] * dk_stride_t + dims[None, :]
         tl.store(DK + at, (dk * softmax_scale).to(DK.dtype.element_ty), mask=real)
         tl.store(DV + at, dv.to(DV.dtype.element_ty), mask=real)
 
@@ -162,64 +162,69 @@ def _query_tile(q, do, lse, delta, k, v, dq, scale, causal, OWN: tl.constexpr):
 
 @triton.jit
 def _dq_past_kernel(
-    Q, K, V, D_OUT, LSE, DELTA, DQ_SLOTS, ENTRIES, OFFSET, COUNT, ENDS, PIECE, START,
+    Q, K, V, D_OUT, LSE, DELTA, DQ_SLOTS, ENTRIES, BEGIN, END, ENDS, PIECE, START,
     stride_t, stride_h, kv_stride_t, kv_stride_h, grad_stride_t, grad_stride_h,
-    first_head, group, num_tokens, num_blocks, num_lists, scale,
-    B: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    first_head, group, num_tokens, first_token, range_tokens, num_blocks, num_lists, scale,
+    B: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, INT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if pid < tl.load(ENDS + num_lists - 1):
         which = tl.load(PIECE + pid)
-        count = tl.load(COUNT + which)
+        list_begin = tl.load(BEGIN + which)
+        count = tl.load(END + which) - list_begin
         begin = (pid - tl.load(ENDS + which) + (count + BM - 1) // BM) * BM
         local_head, block = (which // num_blocks).to(tl.int64), which % num_blocks
         head = first_head + local_head
         dims, rows, keys = tl.arange(0, D), tl.arange(0, BM), tl.arange(0, BN)
         inside = begin + rows < count
-        entry = tl.load(ENTRIES + tl.load(OFFSET + which) + begin + rows, mask=inside, other=0)
-        token = (entry // P).to(tl.int64)
-        q = tl.load(Q + token[:, None] * stride_t + head * stride_h + dims[None, :])
-        do = tl.load(D_OUT + token[:, None] * grad_stride_t + head * grad_stride_h + dims[None, :])
+        entry = tl.load(ENTRIES + list_begin + begin + rows, mask=inside, other=0).to(INT)
+        token = entry // P
+        q = tl.load(Q + head * stride_h + token[:, None] * stride_t + dims[None, :])
+        do = tl.load(D_OUT + head * grad_stride_h + token[:, None] * grad_stride_t + dims[None, :])
         lse, delta = tl.load(LSE + head * num_tokens + token), tl.load(DELTA + head * num_tokens + token)
         dq = tl.zeros((BM, D), tl.float32)
         start = tl.load(START + block)
+        kv_head = (head // group) * kv_stride_h
         for j in tl.range(0, B, BN, num_stages=STAGES):
-            at = (start + j + keys).to(tl.int64)[:, None] * kv_stride_t + (head // group) * kv_stride_h + dims[None, :]
-            dq = _query_tile(q, do, lse, delta, tl.load(K + at), tl.load(V + at), dq, scale, True, False)
-        slot = local_head * num_tokens * P + entry
-        tl.store(DQ_SLOTS + slot[:, None] * D + dims[None, :], dq.to(q.dtype), mask=inside[:, None])
+            at = (start + j + keys).to(INT)[:, None] * kv_stride_t + dims[None, :]
+            dq = _query_tile(q, do, lse, delta, tl.load(K + kv_head + at), tl.load(V + kv_head + at), dq, scale, True, False)
+        slot_base = (local_head * range_tokens - first_token) * P
+        tl.store(DQ_SLOTS + slot_base * D + entry[:, None] * D + dims[None, :], dq.to(q.dtype), mask=inside[:, None])
 
 
 @triton.jit
 def _dq_own_kernel(
     Q, K, V, D_OUT, LSE, DELTA, DQ_SLOTS, DQ, START, LENGTH, DOC_FIRST,
     stride_t, stride_h, kv_stride_t, kv_stride_h, grad_stride_t, grad_stride_h, dq_stride_t,
-    first_head, group, num_tokens, scale, softmax_scale,
-    TILES: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    first_head, group, num_tokens, first_token, end_token, first_block, scale, softmax_scale,
+    TILES: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, INT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    block, tile = pid // TILES, pid % TILES
+    block, tile = first_block + pid // TILES, pid % TILES
     start, length = tl.load(START + block), tl.load(LENGTH + block)
-    if tile * BM < length:
+    if (tile * BM < length) & (start + tile * BM < end_token) & (start + tile * BM + BM > first_token):
         local_head = tl.program_id(1).to(tl.int64)
         head = first_head + local_head
         dims, keys = tl.arange(0, D), tl.arange(0, BN)
         row = tile * BM + tl.arange(0, BM)
-        inside = row < length
-        token = (start + tl.minimum(row, length - 1)).to(tl.int64)
-        q = tl.load(Q + token[:, None] * stride_t + head * stride_h + dims[None, :])
-        do = tl.load(D_OUT + token[:, None] * grad_stride_t + head * grad_stride_h + dims[None, :])
+        token = (start + tl.minimum(row, length - 1)).to(INT)
+        inside = (row < length) & (token >= first_token) & (token < end_token)
+        q = tl.load(Q + head * stride_h + token[:, None] * stride_t + dims[None, :])
+        do = tl.load(D_OUT + head * grad_stride_h + token[:, None] * grad_stride_t + dims[None, :])
+        kv_head = (head // group) * kv_stride_h
         lse, delta = tl.load(LSE + head * num_tokens + token), tl.load(DELTA + head * num_tokens + token)
         dq = tl.zeros((BM, D), tl.float32)
         for j in tl.range(0, tl.minimum(tile * BM + BM, length), BN, num_stages=STAGES):
             key = j + keys
-            at = (start + tl.minimum(key, length - 1)).to(tl.int64)[:, None] * kv_stride_t + (head // group) * kv_stride_h + dims[None, :]
-            dq = _query_tile(q, do, lse, delta, tl.load(K + at), tl.load(V + at), dq, scale, row[:, None] >= key[None, :], True)
+            at = (start + tl.minimum(key, length - 1)).to(INT)[:, None] * kv_stride_t + dims[None, :]
+            k, v = tl.load(K + kv_head + at), tl.load(V + kv_head + at)
+            dq = _query_tile(q, do, lse, delta, k, v, dq, scale, row[:, None] >= key[None, :], True)
         num_past = tl.minimum(P, block - tl.load(DOC_FIRST + block))
+        slots = DQ_SLOTS + local_head * (end_token - first_token) * P * D
+        entry = (tl.minimum(tl.maximum(token, first_token), end_token - 1) - first_token) * P
         for s in tl.range(0, num_past, num_stages=STAGES):
-            slot = (local_head * num_tokens + token) * P + s
-            dq += tl.load(DQ_SLOTS + slot[:, None] * D + dims[None, :]).to(tl.float32)
-        at = token[:, None] * dq_stride_t + head * D + dims[None, :]
+            dq += tl.load(slots + (entry + s)[:, None] * D + dims[None, :]).to(tl.float32)
+        at = head * D + token[:, None] * dq_stride_t + dims[None, :]
         tl.store(DQ + at, (dq * softmax_scale).to(DQ.dtype.element_ty), mask=inside[:, None])
 
 
@@ -232,47 +237,66 @@ def output_dot_gradient(out: Tensor, d_out: Tensor) -> Tensor:
     return delta
 
 
-def moba_backward(
-    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, *,
-    blocks: Blocks, lists: Lists | None, heads: range, num_past: int, scale: float, softmax_scale: float,
+def keys_gradient(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, dq_slots: Tensor | None, *,
+    blocks: Blocks, lists: Lists | None, heads: range, num_past: int, num_ranges: int, scale: float, softmax_scale: float,
 ) -> None:  # fmt: skip
-    """Fills dq `[T, Hq, D]`, dk and dv `[T, Hkv, D]` for `heads` and their key/value heads."""
+    """Fills dk and dv `[T, Hkv, D]` for the key/value heads of `heads`, and `dq_slots` `[heads, T, P, D]` where given."""
     num_tokens, num_heads, head_dim = q.shape
     group = num_heads // k.shape[1]
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), d_out.stride(0), d_out.stride(1))
-    slots = torch.empty(len(heads), num_tokens, num_past, head_dim, device=q.device, dtype=q.dtype)
-    one_tile = blocks.size <= 128
     tile = tile_of("dk_dv", blocks.size)
     keys, tiles = tile.columns, blocks.size // tile.columns
     tensors, numbers = (q, k, v, d_out, lse, delta), (heads.start, group, num_tokens, blocks.count)
-    split = _SPLIT * max(1, num_past) * blocks.size
-    sizes = {"TILES": tiles, "D": head_dim, "P": max(1, num_past), "BK": keys, "BM": tile.rows, "SPLIT": split, "KEEP_DQ": one_tile,
-             "STAGES": tile.stages, "num_warps": tile.warps}  # fmt: skip
-    partial, tables = slots, (slots, slots, slots, slots)  # not read where there are no lists
+    split = SPLIT * max(1, num_past) * blocks.size * num_ranges  # so that the sums of long lists stay in the workspace too
+    sizes = {"TILES": tiles, "D": head_dim, "P": max(1, num_past), "BK": keys, "BM": tile.rows, "SPLIT": split,
+             "KEEP_DQ": dq_slots is not None, "INT": _offsets_of(q, k, d_out, dk, num_past), "STAGES": tile.stages,
+             "num_warps": tile.warps}  # fmt: skip
+    unread = lse  # stands for what a kernel is compiled not to read
+    slots = unread if dq_slots is None else dq_slots
+    partial, tables = unread, (unread, unread, unread, unread)
     if lists is not None:
         long = cut_lists(lists, split, skip=1)
         partial = torch.empty(long.bound * tiles, 2, keys, head_dim, device=q.device, dtype=torch.float32)
-        tables = (lists.entries, lists.offset, lists.count, long.ends)
+        tables = (lists.entries, lists.edges[0], lists.edges[-1], long.ends)
         if long.bound:
             _dk_dv_long_kernel[(long.bound * tiles,)](
-                *tensors, partial, slots, *tables, long.piece, blocks.start, *strides, *numbers, len(lists.count), scale, **sizes
+                *tensors, partial, slots, *tables, long.piece, blocks.start, *strides, *numbers, len(long.ends), scale, **sizes
             )
     _dk_dv_kernel[(blocks.count * tiles, len(heads) // group)](
         *tensors, dk, dv, partial, slots, *tables, blocks.start, blocks.length, *strides, dk.stride(0), *numbers, scale, softmax_scale,
         LISTS=lists is not None, **sizes,
     )  # fmt: skip
-    if lists is not None and not one_tile:
-        tile = tile_of("dq_past", blocks.size)
-        items = cut_lists(lists, tile.rows)
-        _dq_past_kernel[(items.bound,)](
-            q, k, v, d_out, lse, delta, slots, lists.entries, lists.offset, lists.count, items.ends, items.piece, blocks.start, *strides,
-            heads.start, group, num_tokens, blocks.count, len(lists.count), scale, B=blocks.size, D=head_dim, P=num_past, BM=tile.rows,
-            BN=tile.columns, STAGES=tile.stages, num_warps=tile.warps,
-        )  # fmt: skip
+
+
+def queries_gradient(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dq_slots: Tensor | None, *,
+    blocks: Blocks, lists: Lists | None, heads: range, queries: range, num_past: int, scale: float, softmax_scale: float,
+) -> None:  # fmt: skip
+    """Fills dq `[T, Hq, D]` for `heads` and a range of queries, from `dq_slots` or, where these are not given, from `lists`."""
+    num_tokens, num_heads, head_dim = q.shape
+    group = num_heads // k.shape[1]
+    strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), d_out.stride(0), d_out.stride(1))
+    int_type = _offsets_of(q, k, d_out, dq, num_past)
+    if dq_slots is None:
+        dq_slots = torch.empty(len(heads), len(queries), num_past, head_dim, device=q.device, dtype=q.dtype)
+        if lists is not None:
+            tile = tile_of("dq_past", blocks.size)
+            items = cut_lists(lists, tile.rows)
+            _dq_past_kernel[(items.bound,)](
+                q, k, v, d_out, lse, delta, dq_slots, lists.entries, lists.edges[0], lists.edges[-1], items.ends, items.piece, blocks.start,
+                *strides, heads.start, group, num_tokens, queries.start, len(queries), blocks.count, len(items.ends), scale, B=blocks.size,
+                D=head_dim, P=num_past, BM=tile.rows, BN=tile.columns, INT=int_type, STAGES=tile.stages, num_warps=tile.warps,
+            )  # fmt: skip
     tile = tile_of("dq_own", blocks.size)
     tiles = triton.cdiv(blocks.size, tile.rows)
-    _dq_own_kernel[(blocks.count * tiles, len(heads))](
-        q, k, v, d_out, lse, delta, slots, dq, blocks.start, blocks.length, blocks.doc_first, *strides, dq.stride(0),
-        heads.start, group, num_tokens, scale, softmax_scale, TILES=tiles, D=head_dim, P=num_past, BM=tile.rows, BN=tile.columns,
-        STAGES=tile.stages, num_warps=tile.warps,
+    first_block, last_block = blocks.of(queries.start), blocks.of(queries.stop - 1)
+    _dq_own_kernel[((last_block - first_block + 1) * tiles, len(heads))](
+        q, k, v, d_out, lse, delta, dq_slots, dq, blocks.start, blocks.length, blocks.doc_first, *strides, dq.stride(0),
+        heads.start, group, num_tokens, queries.start, queries.stop, first_block, scale, softmax_scale, TILES=tiles, D=head_dim, P=num_past,
+        BM=tile.rows, BN=tile.columns, INT=int_type, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
+
+
+def _offsets_of(q: Tensor, k: Tensor, d_out: Tensor, gradient: Tensor, num_past: int) -> tl.dtype:
+    return offsets(*(len(q) * x.stride(0) for x in (q, k, d_out, gradient)), len(q) * max(1, num_past) * q.shape[-1])

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.ops.moba.triton.plan import Blocks, power_of_2
+from model.ops.moba.triton.plan import Blocks, Schedule, power_of_2
 
 _NONE = tl.constexpr(0x7FFFFFFF)
 
@@ -22,10 +22,14 @@ class Lists:
 
     entries: Tensor
     """query * P + slot, list after list, by query in each `[pairs]`."""
-    offset: Tensor
-    """First entry of the list of (head, block) `[H * N]`."""
-    count: Tensor
-    """Entries in it `[H * N]`."""
+    edges: Tensor
+    """`[num_ranges + 1, H * N]`: the list of (head, block) has its entries of query range r from edges[r] to edges[r + 1]."""
+    num_entries: int
+    """Pairs, at most."""
+
+    def of_range(self, r: int, most: int) -> "Lists":
+        """The part with queries of one range, at most so many pairs."""
+        return Lists(entries=self.entries, edges=self.edges[r : r + 2], num_entries=min(self.num_entries, most))
 
 
 @triton.jit
@@ -50,8 +54,9 @@ def _count_kernel(
 
 @triton.jit
 def _scatter_kernel(
-    KEYS, COUNTS, ENDS, ENTRIES, num_blocks, num_chunks, P: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr
-):
+    KEYS, COUNTS, ENDS, ENTRIES, EDGES, num_blocks, num_chunks, range_chunks,
+    P: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     chunk, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     place = tl.arange(0, CHUNK * SLOTS)
     key = tl.load(KEYS + (head * num_chunks + chunk) * (CHUNK * SLOTS) + place)
@@ -62,24 +67,35 @@ def _scatter_kernel(
     first = tl.load(ENDS + at, mask=real, other=0) - tl.load(COUNTS + at, mask=real, other=0)
     entry = key & ((1 << BITS) - 1)
     tl.store(ENTRIES + first + nth - 1, (chunk * CHUNK + entry // SLOTS) * P + entry % SLOTS, mask=real)
+    last = chunk == num_chunks - 1
+    if (chunk == 0) | last | (chunk % range_chunks == range_chunks - 1):  # an edge of a range
+        num_lists = tl.num_programs(1) * num_blocks
+        edge = EDGES + (chunk // range_chunks + 1).to(tl.int64) * num_lists + head * num_blocks
+        for first_block in range(0, num_blocks, STEP):
+            block = first_block + tl.arange(0, STEP)
+            at = (head * num_blocks + block) * num_chunks + chunk
+            end = tl.load(ENDS + at, mask=block < num_blocks)
+            if chunk == 0:
+                tl.store(EDGES + head * num_blocks + block, end - tl.load(COUNTS + at, mask=block < num_blocks), mask=block < num_blocks)
+            if last | (chunk % range_chunks == range_chunks - 1):
+                tl.store(edge + block, end, mask=block < num_blocks)
 
 
-def build_lists(chosen: Tensor, blocks: Blocks) -> Lists:
-    """Sorts `chosen`, int32 `[H, T, P]` of global block ids or -1, by (head, block)."""
+def build_lists(chosen: Tensor, blocks: Blocks, cut: Schedule, entries: Tensor, edges: Tensor) -> Lists:
+    """Sorts `chosen`, int32 `[H, T, P]` of global block ids or -1, by (head, block), into `entries` and the head of `edges`."""
     num_heads, num_tokens, num_past = chosen.shape
     slots = power_of_2(num_past)
-    chunk = max(16, 1024 // slots)
-    num_chunks = triton.cdiv(num_tokens, chunk)
-    bits = (chunk * slots - 1).bit_length()
-    keys = torch.empty(num_heads, num_chunks, chunk * slots, device=chosen.device, dtype=torch.int32)
-    counts = torch.zeros(num_heads * blocks.count, num_chunks, device=chosen.device, dtype=torch.int32)
-    entries = torch.empty(num_heads * blocks.num_pairs[num_past], device=chosen.device, dtype=torch.int32)
-    grid, sizes = (num_chunks, num_heads), {"P": num_past, "SLOTS": slots, "CHUNK": chunk, "BITS": bits, "num_warps": 4}
+    num_chunks = triton.cdiv(num_tokens, cut.chunk)
+    num_lists = num_heads * blocks.count
+    bits = (cut.chunk * slots - 1).bit_length()
+    keys = torch.empty(num_heads, num_chunks, cut.chunk * slots, device=chosen.device, dtype=torch.int32)
+    counts = torch.zeros(num_lists, num_chunks, device=chosen.device, dtype=torch.int32)
+    edges = edges[: (cut.num_ranges + 1) * num_lists].view(cut.num_ranges + 1, num_lists)
+    grid, sizes = (num_chunks, num_heads), {"P": num_past, "SLOTS": slots, "CHUNK": cut.chunk, "BITS": bits, "num_warps": 4}
     _count_kernel[grid](chosen, keys, counts, num_tokens, blocks.count, num_chunks, **sizes)
-    ends = counts.view(-1).cumsum(0, dtype=torch.int32).view_as(counts)
-    _scatter_kernel[grid](keys, counts, ends, entries, blocks.count, num_chunks, **sizes)
-    offset = ends[:, 0] - counts[:, 0]
-    return Lists(entries=entries, offset=offset, count=ends[:, -1] - offset)
+    ends = counts.view(-1).cumsum(0, dtype=torch.int32)
+    _scatter_kernel[grid](keys, counts, ends, entries, edges, blocks.count, num_chunks, cut.tokens // cut.chunk, STEP=256, **sizes)
+    return Lists(entries=entries, edges=edges, num_entries=num_heads * blocks.num_pairs[num_past])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +111,21 @@ class Items:
 
 
 @triton.jit
-def _pieces_kernel(COUNT, ENDS, PIECE, SIZE: tl.constexpr, SKIP: tl.constexpr, STEP: tl.constexpr):
+def _ends_kernel(BEGIN, END, ENDS, num_lists, SIZE: tl.constexpr, SKIP: tl.constexpr, STEP: tl.constexpr):
+    so_far = tl.zeros((), tl.int32)
+    for first in range(0, num_lists, STEP):
+        which = first + tl.arange(0, STEP)
+        inside = which < num_lists
+        count = tl.load(END + which, mask=inside, other=0) - tl.load(BEGIN + which, mask=inside, other=0)
+        pieces = tl.maximum((count + SIZE - 1) // SIZE - SKIP, 0)
+        tl.store(ENDS + which, so_far + tl.cumsum(pieces, 0), mask=inside)
+        so_far += tl.sum(pieces, 0)
+
+
+@triton.jit
+def _pieces_kernel(BEGIN, END, ENDS, PIECE, SIZE: tl.constexpr, SKIP: tl.constexpr, STEP: tl.constexpr):
     which = tl.program_id(0)
-    pieces = tl.maximum((tl.load(COUNT + which) + SIZE - 1) // SIZE - SKIP, 0)
+    pieces = tl.maximum((tl.load(END + which) - tl.load(BEGIN + which) + SIZE - 1) // SIZE - SKIP, 0)
     first = tl.load(ENDS + which) - pieces
     step = tl.arange(0, STEP)
     for i in range(0, pieces, STEP):
@@ -106,10 +134,12 @@ def _pieces_kernel(COUNT, ENDS, PIECE, SIZE: tl.constexpr, SKIP: tl.constexpr, S
 
 def cut_lists(lists: Lists, size: int, *, skip: int = 0) -> Items:
     """Pieces of `size` entries, without the first `skip` of each list; a list's last may be short."""
-    num_lists = len(lists.count)
-    bound = len(lists.entries) // size + (0 if skip else num_lists)
-    ends = ((lists.count + (size - 1)) // size - skip).clamp_(min=0).cumsum(0, dtype=torch.int32)
-    piece = torch.empty(bound, device=ends.device, dtype=torch.int32)
+    begin, end = lists.edges[0], lists.edges[-1]
+    num_lists = len(begin)
+    bound = lists.num_entries // size + (0 if skip else num_lists)
+    ends = torch.empty(num_lists, device=begin.device, dtype=torch.int32)
+    piece = torch.empty(bound, device=begin.device, dtype=torch.int32)
     if bound:
-        _pieces_kernel[(num_lists,)](lists.count, ends, piece, size, skip, 64, num_warps=1)
+        _ends_kernel[(1,)](begin, end, ends, num_lists, size, skip, 1024, num_warps=4)
+        _pieces_kernel[(num_lists,)](begin, end, ends, piece, size, skip, 64, num_warps=1)
     return Items(ends=ends, piece=piece, bound=bound)

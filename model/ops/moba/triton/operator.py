@@ -1,89 +1,144 @@
-"""The differentiable operator: heads in groups through gate, lists, forward; and back."""
+"""The differentiable operator: heads in groups, and queries in ranges, through gate, lists, forward; and back.
+
+Two custom operators, so that torch.compile sees through to their shapes and never into the kernels.
+"""
 
 import math
-import os
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from model.ops.moba.triton.backward import moba_backward, output_dot_gradient
+from model.ops.checks import document_bounds
+from model.ops.moba.triton.backward import keys_gradient, output_dot_gradient, queries_gradient
 from model.ops.moba.triton.forward import moba_forward
 from model.ops.moba.triton.gate import block_means, choose_blocks
 from model.ops.moba.triton.index import Lists, build_lists
-from model.ops.moba.triton.plan import Blocks, block_table, heads_together
-
-HEAD_DIMS = (64, 128)
-DTYPES = (torch.bfloat16, torch.float16)
-_MAX_BLOCK, _MAX_TOPK = 32768, 64
+from model.ops.moba.triton.plan import Schedule, block_table, schedule
 
 
-def moba_triton(q: Tensor, k: Tensor, v: Tensor, *, bounds: list[int], block_size: int, topk: int, softmax_scale: float) -> Tensor:
+def moba_triton(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, block_size: int, topk: int, softmax_scale: float, workspace: int
+) -> Tensor:
     """As `moba_reference`, for one GPU: q `[T, Hq, D]`, k and v `[T, Hkv, D]`, bf16 or fp16; returns `[T, Hq, D]`.
 
-    Sums, softmax and merging in fp32; two runs are equal to the bit. The lists of who chose what are saved for
-    the backward pass; a forward pass that is computed again (activation checkpointing) makes them anew from the same bits.
-    Raises ValueError for what the kernels do not take.
+    `cu_seqlens` int32 `[n_docs+1]`, best on the CPU; `workspace` bytes of partial results are held at once. Sums, softmax
+    and merging in fp32; two runs are equal to the bit. The lists of who chose what are saved for the backward pass; a forward
+    pass that is computed again (activation checkpointing) makes them anew from the same bits.
     """
-    _check(q, block_size, topk)
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    if k.stride() != v.stride() or k.stride(-1) != 1 or k.stride(1) != k.shape[-1]:  # heads side by side, as projections leave them
-        k, v = k.contiguous(), v.contiguous()
-    return _TritonMoba.apply(q, k, v, tuple(bounds), block_size, topk, softmax_scale)
+    return _forward(q, k, v, cu_seqlens, block_size, topk, softmax_scale, workspace)[0]
 
 
-def _check(q: Tensor, block_size: int, topk: int) -> None:
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not q.is_cuda and not interpreted:
-        raise ValueError(f"backend='triton': q is on {q.device}; accepted: a CUDA device")
-    if q.dtype not in DTYPES and not (interpreted and q.dtype == torch.float32):
-        raise ValueError(f"backend='triton': q has dtype {q.dtype}; accepted: torch.bfloat16, torch.float16; backend='torch' takes others")
-    if q.shape[-1] not in HEAD_DIMS:
-        raise ValueError(f"backend='triton': q has head dimension {q.shape[-1]}; accepted: 64, 128; backend='torch' takes others")
-    if block_size % 64 or not 64 <= block_size <= _MAX_BLOCK:
-        raise ValueError(
-            f"backend='triton': block_size={block_size}; accepted: multiples of 64 up to {_MAX_BLOCK}; backend='torch' takes others"
-        )
-    if topk > _MAX_TOPK:
-        raise ValueError(f"backend='triton': topk={topk}; accepted: 1 to {_MAX_TOPK}; backend='torch' takes more")
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
-class _TritonMoba(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int, ...], block_size: int, topk: int, softmax_scale: float):
-        num_tokens, num_heads, head_dim = q.shape
-        group = num_heads // k.shape[1]
-        blocks = block_table(bounds, block_size, topk - 1, q.device)
-        num_past = min(topk - 1, blocks.max_past)
-        together = heads_together(num_tokens=num_tokens, num_heads=num_heads, group=group, num_slots=num_past, head_dim=head_dim)
-        out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
-        lse = torch.empty(num_heads, num_tokens, device=q.device, dtype=torch.float32)
-        means = block_means(k, blocks) if num_past else None
-        saved: list[Tensor] = []
-        for first in range(0, num_heads, together):
-            heads = range(first, first + together)
-            lists = None
-            if means is not None:
-                lists = build_lists(choose_blocks(q, means, blocks, heads=heads, group=group, num_past=num_past), blocks)
-                saved += (lists.entries, lists.offset, lists.count)
-            moba_forward(q, k, v, out, lse, blocks=blocks, lists=lists, heads=heads, num_past=num_past, scale=softmax_scale / math.log(2))
-        ctx.save_for_backward(q, k, v, out, lse, *saved)
-        ctx.blocks, ctx.num_past, ctx.together, ctx.softmax_scale = blocks, num_past, together, softmax_scale
-        return out
+def _inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # Keys with heads side by side, as projections leave them, and rows on 16 bytes, which the copy engine asks for: others are copied.
+    as_is = k.stride() == v.stride() and k.stride()[1:] == (k.shape[-1], 1) and k.stride(0) * k.element_size() % 16 == 0
+    aligned = k.data_ptr() % 16 == v.data_ptr() % 16 == 0
+    return _dense_rows(q), *((k, v) if as_is and aligned else (k.contiguous(), v.contiguous()))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out: Tensor):
-        q, k, v, out, lse, *saved = ctx.saved_tensors
-        blocks: Blocks = ctx.blocks
-        d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-        dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
-        delta = output_dot_gradient(out, d_out)
-        for number, first in enumerate(range(0, q.shape[1], ctx.together)):
-            entries, offset, count = saved[3 * number : 3 * number + 3] or (None, None, None)
-            lists = None if entries is None else Lists(entries=entries, offset=offset, count=count)
-            moba_backward(
-                q, k, v, d_out, lse, delta, dq, dk, dv, blocks=blocks, lists=lists, heads=range(first, first + ctx.together),
-                num_past=ctx.num_past, scale=ctx.softmax_scale / math.log(2), softmax_scale=ctx.softmax_scale,
-            )  # fmt: skip
-        return dq, dk, dv, None, None, None, None
+
+def _schedule(q: Tensor, k: Tensor, cu_seqlens: Tensor, block_size: int, topk: int, workspace: int) -> Schedule:
+    sizes = {"num_docs": cu_seqlens.shape[0] - 1, "block_size": block_size, "topk": topk, "workspace": workspace}
+    return schedule(tuple(q.shape), k.shape[1], q.element_size(), **sizes)
+
+
+def _bounds(q: Tensor, cu_seqlens: Tensor) -> tuple[int, ...]:
+    return tuple(document_bounds(cu_seqlens, num_tokens=q.shape[0], device=q.device))
+
+
+def _ranges(cut: Schedule, num_tokens: int) -> list[range]:
+    return [range(first, min(first + cut.tokens, num_tokens)) for first in range(0, num_tokens, cut.tokens)]
+
+
+def _saved_shapes(q: Tensor, cut: Schedule) -> tuple[list[int], list[int]]:
+    entries = [cut.num_groups, cut.heads * q.shape[0] * cut.num_slots]
+    edges = [cut.num_groups, (cut.num_ranges + 1) * cut.heads * cut.max_blocks]
+    return entries, edges
+
+
+@torch.library.custom_op("moba::forward", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, block_size: int, topk: int, softmax_scale: float, workspace: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output `[T, Hq, D]`, log-sum-exp `[Hq, T]` (base 2, fp32), and by group of heads the lists' entries and edges (`Lists`)."""
+    q, k, v = _inputs(q, k, v)
+    num_tokens, num_heads, _ = q.shape
+    cut = _schedule(q, k, cu_seqlens, block_size, topk, workspace)
+    blocks = block_table(_bounds(q, cu_seqlens), block_size, cut.num_slots, q.device)
+    num_past = min(cut.num_slots, blocks.max_past)
+    out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
+    lse = torch.empty(num_heads, num_tokens, device=q.device, dtype=torch.float32)
+    entries, edges = (torch.empty(shape, device=q.device, dtype=torch.int32) for shape in _saved_shapes(q, cut))
+    means = block_means(k, blocks) if num_past else None
+    for g in range(cut.num_groups):
+        heads = range(g * cut.heads, (g + 1) * cut.heads)
+        lists = None
+        if means is not None:
+            chosen = choose_blocks(q, means, blocks, heads=heads, group=num_heads // k.shape[1], num_past=num_past)
+            lists = build_lists(chosen, blocks, cut, entries[g], edges[g])
+            del chosen
+        for r, queries in enumerate(_ranges(cut, num_tokens)):
+            part = lists and lists.of_range(r, cut.heads * len(queries) * num_past)
+            sizes = {"blocks": blocks, "heads": heads, "queries": queries, "num_past": num_past}
+            moba_forward(q, k, v, out, lse, lists=part, scale=softmax_scale / math.log(2), **sizes)
+    return out, lse, entries, edges
+
+
+@_forward.register_fake
+def _(q, k, v, cu_seqlens, block_size, topk, softmax_scale, workspace):
+    entries, edges = _saved_shapes(q, _schedule(q, k, cu_seqlens, block_size, topk, workspace))
+    saved = (q.new_empty(shape, dtype=torch.int32) for shape in (entries, edges))
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32), *saved
+
+
+@torch.library.custom_op("moba::backward", mutates_args=())
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, out: Tensor, lse: Tensor, entries: Tensor, edges: Tensor, d_out: Tensor,
+    block_size: int, topk: int, softmax_scale: float, workspace: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq `[T, Hq, D]`, dk and dv `[T, Hkv, D]`."""
+    q, k, v = _inputs(q, k, v)
+    num_tokens = len(q)
+    cut = _schedule(q, k, cu_seqlens, block_size, topk, workspace)
+    blocks = block_table(_bounds(q, cu_seqlens), block_size, cut.num_slots, q.device)
+    num_past = min(cut.num_slots, blocks.max_past)
+    d_out = _dense_rows(d_out)
+    dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
+    delta = output_dot_gradient(out, d_out)
+    scales = {"scale": softmax_scale / math.log(2), "softmax_scale": softmax_scale}
+    for g in range(cut.num_groups):
+        heads = range(g * cut.heads, (g + 1) * cut.heads)
+        sizes = {"blocks": blocks, "heads": heads, "num_past": num_past, **scales}
+        lists = slots = None
+        if num_past:
+            num_lists = cut.heads * blocks.count
+            rows = edges[g, : (cut.num_ranges + 1) * num_lists].view(cut.num_ranges + 1, num_lists)
+            lists = Lists(entries=entries[g], edges=rows, num_entries=cut.heads * blocks.num_pairs[num_past])
+            if block_size <= 128 and cut.num_ranges == 1:  # all of a block's keys in one tile: dQ's part of it is whole
+                slots = q.new_empty(cut.heads, num_tokens, num_past, q.shape[-1])
+        keys_gradient(q, k, v, d_out, lse, delta, dk, dv, slots, lists=lists, num_ranges=cut.num_ranges, **sizes)
+        for r, queries in enumerate(_ranges(cut, num_tokens)):
+            part = lists and lists.of_range(r, cut.heads * len(queries) * num_past)
+            queries_gradient(q, k, v, d_out, lse, delta, dq, slots, lists=part, queries=queries, **sizes)
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(q, k, v, cu_seqlens, out, lse, entries, edges, d_out, block_size, topk, softmax_scale, workspace):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, cu_seqlens, *ctx.arguments = inputs
+    ctx.save_for_backward(q, k, v, cu_seqlens, *output)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate(ctx, d_out: Tensor, *_: Tensor):
+    q, k, v, cu_seqlens, *saved = ctx.saved_tensors
+    return *_backward(q, k, v, cu_seqlens, *saved, d_out, *ctx.arguments), None, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

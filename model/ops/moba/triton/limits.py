@@ -1,0 +1,31 @@
+"""What the kernels take, told without importing them: Triton may be missing where they are not used."""
+
+import os
+
+import torch
+from torch import Tensor
+
+HEAD_DIMS = (64, 128)
+DTYPES = (torch.bfloat16, torch.float16)
+_MAX_BLOCK, _MAX_TOPK = 32768, 64
+
+
+def refusal(q: Tensor, k: Tensor, *, block_size: int, topk: int) -> str | None:
+    """Why these kernels cannot serve a valid call, naming the argument, its value and what is accepted; None if they can."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    num_tokens, num_heads, head_dim = q.shape
+    group = num_heads // k.shape[1]
+    choices = num_tokens * (topk - 1) * group
+    if not q.is_cuda and not interpreted:
+        return f"q is on {q.device}; accepted: a CUDA device"
+    if q.dtype not in DTYPES and not (interpreted and q.dtype == torch.float32):
+        return f"q has dtype {q.dtype}; accepted: {', '.join(map(str, DTYPES))}"
+    if head_dim not in HEAD_DIMS:
+        return f"q has head dimension {head_dim}; accepted: {', '.join(map(str, HEAD_DIMS))}"
+    if block_size % 64 or not 64 <= block_size <= _MAX_BLOCK:
+        return f"block_size={block_size}; accepted: multiples of 64 up to {_MAX_BLOCK}"
+    if topk > _MAX_TOPK:
+        return f"topk={topk}; accepted: 1 to {_MAX_TOPK}"
+    if choices >= 1 << 31:
+        return f"T={num_tokens}, topk={topk} and {group} query heads for each key head make {choices} choices; accepted: below 2**31"
+    return None
