@@ -135,9 +135,10 @@ def _dk_dv_kernel(
                 which = local_head * num_blocks + block
                 list_begin = tl.load(BEGIN + which)
                 count = tl.load(END + which) - list_begin
+                end = tl.where(count < SPLIT, count, SPLIT)  # not tl.minimum, after which 47 registers a tile spill (Triton 3.6)
                 dk, dv = _list_tiles(
                     q_head, do_head, lse_head, delta_head, DQ_SLOTS + local_head * num_tokens * P * D, ENTRIES + list_begin,
-                    0, tl.minimum(count, SPLIT), stride_t, grad_stride_t, k, v, dk, dv, scale, D, P, BM, KEEP_DQ, INT, STAGES,
+                    0, end, stride_t, grad_stride_t, k, v, dk, dv, scale, D, P, BM, KEEP_DQ, INT, STAGES,
                 )  # fmt: skip
                 if count > SPLIT:
                     pieces = (count - 1) // SPLIT

@@ -72,13 +72,14 @@ def _scatter_kernel(
         num_lists = tl.num_programs(1) * num_blocks
         edge = EDGES + (chunk // range_chunks + 1).to(tl.int64) * num_lists + head * num_blocks
         for first_block in range(0, num_blocks, STEP):
-            block = first_block + tl.arange(0, STEP)
-            at = (head * num_blocks + block) * num_chunks + chunk
-            end = tl.load(ENDS + at, mask=block < num_blocks)
+            step = first_block + tl.arange(0, STEP)
+            inside = step < num_blocks
+            counted = (head * num_blocks + step) * num_chunks + chunk
+            end = tl.load(ENDS + counted, mask=inside, other=0)
             if chunk == 0:
-                tl.store(EDGES + head * num_blocks + block, end - tl.load(COUNTS + at, mask=block < num_blocks), mask=block < num_blocks)
+                tl.store(EDGES + head * num_blocks + step, end - tl.load(COUNTS + counted, mask=inside, other=0), mask=inside)
             if last | (chunk % range_chunks == range_chunks - 1):
-                tl.store(edge + block, end, mask=block < num_blocks)
+                tl.store(edge + step, end, mask=inside)
 
 
 def build_lists(chosen: Tensor, blocks: Blocks, cut: Schedule, entries: Tensor, edges: Tensor) -> Lists:
