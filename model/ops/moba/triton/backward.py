@@ -25,19 +25,19 @@ def _delta_kernel(OUT, D_OUT, DELTA, num_tokens, out_stride_t, grad_stride_t, gr
 
 @triton.jit
 def _key_tile(q_at, do_at, lse_at, delta_at, inside, k, v, dk, dv, row, key, scale, dq_at, OWN: tl.constexpr, KEEP_DQ: tl.constexpr):
-    # One tile of queries against one of keys. Queries that are not inside repeat another. Where dQ is kept the scores stand transposed,
+    # One tile of queries against one of keys. Queries that are not inside repeat another. With 128 keys the scores stand transposed,
     # keys down, since dK and dV then take them from registers; with 64 keys and 4 warps the other way round spills less.
     q, do, delta = tl.load(q_at), tl.load(do_at), tl.load(delta_at)
     lse = tl.where(inside, tl.load(lse_at), float("inf"))  # probability 0
-    if KEEP_DQ:
+    KEYS_DOWN: tl.constexpr = k.shape[0] == 128
+    if KEYS_DOWN:
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])
         if OWN:
             p = tl.where(row[None, :] >= key[:, None], p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         ds = (p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="ieee")
-        if not OWN:
-            tl.store(dq_at, tl.dot(tl.trans(ds), k, input_precision="ieee").to(q.dtype), mask=inside[:, None])
+        ds = tl.trans(ds)
     else:
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
         if OWN:
@@ -45,6 +45,8 @@ def _key_tile(q_at, do_at, lse_at, delta_at, inside, k, v, dk, dv, row, key, sca
         dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision="ieee")
         ds = (p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])).to(q.dtype)
         dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee")
+    if KEEP_DQ and not OWN:
+        tl.store(dq_at, tl.dot(ds, k, input_precision="ieee").to(q.dtype), mask=inside[:, None])
     return dk, dv
 
 

@@ -65,7 +65,7 @@ def _gate_kernel(
         q = tl.load(Q + token[:, None] * stride_t + head * stride_h + dims[None, :], mask=inside[:, None], other=0.0)
         means = (head // group) * num_blocks
         best = tl.where(slot[None, :] < P, -2147483648, 2147483647) + tl.zeros((BQ, SLOTS), tl.int32)
-        kept = tl.zeros((BQ, SLOTS), tl.int32)
+        kept = tl.zeros((BQ, SLOTS), tl.int32) - 1 - slot[None, :]  # all different, always
         least = tl.min(best, 1)
         for first in tl.range(doc_first, block, BN, num_stages=STAGES):
             valid = first + column < block
@@ -82,8 +82,8 @@ def _gate_kernel(
             enters = (top & -BN) > least
             go = tl.max(enters.to(tl.int32), 0)
             while go > 0:
-                place = tl.argmin(best, 1)
-                here = (slot[None, :] == place[:, None]) & enters[:, None]
+                last = tl.max(tl.where(best == least[:, None], kept, -SLOTS - 1), 1)  # of the least, the block that came last
+                here = (kept == last[:, None]) & enters[:, None]
                 best = tl.where(here, (top & -BN)[:, None], best)
                 kept = tl.where(here, (first + BN - 1 - (top & (BN - 1)))[:, None], kept)
                 least = tl.min(best, 1)
