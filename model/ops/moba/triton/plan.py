@@ -136,7 +136,7 @@ _TILES = {
         256: Tile(rows=64, columns=64, stages=2, warps=4),
     },
     "dq_past": {64: Tile(rows=128, columns=64, stages=3, warps=8)},
-    "dq_own": {64: Tile(rows=64, columns=64, stages=2, warps=4)},
+    "dq_own": {64: Tile(rows=64, columns=32, stages=3, warps=4)},
 }
 
 
