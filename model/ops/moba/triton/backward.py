@@ -259,10 +259,11 @@ def keys_gradient(
     slots = unread if dq_slots is None else dq_slots
     partial, tables = unread, (unread, unread, unread, unread)
     if lists is not None:
-        long = cut_lists(lists, split, skip=1)
-        partial = torch.empty(long.bound * tiles, 2, keys, head_dim, device=q.device, dtype=torch.float32)
-        tables = (lists.entries, lists.edges[0], lists.edges[-1], long.ends)
-        if long.bound:
+        tables = (lists.entries, lists.edges[0], lists.edges[-1], unread)
+        if split < min(num_tokens, lists.num_entries):  # otherwise no list is that long
+            long = cut_lists(lists, split, skip=1)
+            partial = torch.empty(long.bound * tiles, 2, keys, head_dim, device=q.device, dtype=torch.float32)
+            tables = (*tables[:3], long.ends)
             _dk_dv_long_kernel[(long.bound * tiles,)](
                 *tensors, partial, slots, *tables, long.piece, blocks.start, *strides, *numbers, len(long.ends), scale, **sizes
             )

@@ -78,9 +78,7 @@ def _gate_kernel(
             bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
             key = (bits & -BN) | (BN - 1 - column)[None, :]
             key = tl.where(valid[None, :], key, -2147483648)
-            left, right = tl.split(tl.reshape(key, (BQ, BN // 2, 2)))
-            front, behind = tl.maximum(left, right), tl.minimum(left, right)  # of each pair; the one behind moves up when the front goes
-            top = tl.max(front, 1)
+            top = tl.max(key, 1)
             enters = (top & -BN) > least
             go = tl.max(enters.to(tl.int32), 0)
             while go > 0:
@@ -89,10 +87,8 @@ def _gate_kernel(
                 best = tl.where(here, (top & -BN)[:, None], best)
                 kept = tl.where(here, (first + BN - 1 - (top & (BN - 1)))[:, None], kept)
                 least = tl.min(best, 1)
-                gone = front == top[:, None]
-                front = tl.where(gone, behind, front)
-                behind = tl.where(gone, -2147483648, behind)
-                top = tl.max(front, 1)
+                key = tl.where(key == top[:, None], -2147483648, key)
+                top = tl.max(key, 1)
                 enters = (top & -BN) > least
                 go = tl.max(enters.to(tl.int32), 0)
         tl.store(out, kept, mask=out_mask)

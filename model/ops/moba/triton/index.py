@@ -140,7 +140,6 @@ def cut_lists(lists: Lists, size: int, *, skip: int = 0) -> Items:
     bound = lists.num_entries // size + (0 if skip else num_lists)
     ends = torch.empty(num_lists, device=begin.device, dtype=torch.int32)
     piece = torch.empty(bound, device=begin.device, dtype=torch.int32)
-    if bound:
-        _ends_kernel[(1,)](begin, end, ends, num_lists, size, skip, 1024, num_warps=4)
-        _pieces_kernel[(num_lists,)](begin, end, ends, piece, size, skip, 64, num_warps=1)
+    _ends_kernel[(1,)](begin, end, ends, num_lists, size, skip, 1024, num_warps=4)
+    _pieces_kernel[(num_lists,)](begin, end, ends, piece, size, skip, 64, num_warps=1)
     return Items(ends=ends, piece=piece, bound=bound)
