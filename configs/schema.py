@@ -67,6 +67,38 @@ class TokenizerKind(Enum):
     HUGGINGFACE = "huggingface"
 
 
+class KernelPrecision(Enum):
+    """Dtype of the tensors that attention kernels are measured on."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+class KernelInputs(Enum):
+    """What kernels are measured on: `random` draws everything from a normal distribution; in `skewed`, as in trained models, most
+    queries choose the first block of their document, and otherwise rather near blocks than far ones."""
+
+    RANDOM = "random"
+    SKEWED = "skewed"
+
+
+class KernelDocuments(Enum):
+    """How the measured tokens are cut into documents: `one`, or five of `mixed` lengths, of which the longest has half the tokens."""
+
+    ONE = "one"
+    MIXED = "mixed"
+
+
+class AttentionKernel(Enum):
+    """Rows of the attention benchmark: MoBA backends, the `flash_moba` package, and dense causal attention over one document."""
+
+    TRITON = "triton"
+    TORCH = "torch"
+    FLASH_MOBA = "flash_moba"
+    CUDNN = "cudnn"
+    FA2 = "fa2"
+
+
 class InvalidText(Enum):
     """What preparation does with bytes that are not UTF-8."""
 
@@ -482,3 +514,54 @@ class EvaluateConfig:
             _require(context >= 1, "contexts", context, "must be at least 1")
         _at_least(self, 0, "max_documents", "min_document_tokens", "max_document_tokens")
         _require(self.max_document_tokens != 1, "max_document_tokens", 1, "must be 0 or at least 2 (the first token is not scored)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """`scripts.benchmark attention`: time and memory of attention kernels on one GPU."""
+
+    lengths: tuple[int, ...] = (8192, 32768, 131072)
+    """Tokens in one call, over all documents."""
+    settings: tuple[tuple[int, ...], ...] = ((128, 8), (512, 3), (1024, 8), (4096, 12))
+    """MoBA settings, each [block_size, topk] (tokens, blocks); topk counts the query's own block."""
+    rows: tuple[AttentionKernel, ...] = (AttentionKernel.TRITON, AttentionKernel.FLASH_MOBA, AttentionKernel.CUDNN, AttentionKernel.FA2)
+    """What is measured: triton, torch, flash_moba (where installed), cudnn, fa2. Sparse efficiency needs cudnn."""
+    dense_up_to: int = 131072
+    """Longest call in tokens for the dense rows, cudnn and fa2, whose time grows with the square."""
+    num_heads: int = 16
+    """Query heads."""
+    num_kv_heads: int = 16
+    """Key/value heads; divides num_heads."""
+    head_dim: int = 128
+    """Width of one head."""
+    dtype: KernelPrecision = KernelPrecision.BF16
+    """bf16 or fp16."""
+    inputs: KernelInputs = KernelInputs.RANDOM
+    """random or skewed."""
+    documents: KernelDocuments = KernelDocuments.ONE
+    """one or mixed; the dense rows always see one."""
+    backward: bool = True
+    """Measure forward+backward beside forward."""
+    repeats: int = 10
+    """Timed calls, of which the median counts; calls that take seconds are repeated less, at least 3 times."""
+    seed: int = 0
+    """Seeds the inputs."""
+    output_dir: str = "outputs/benchmark"
+    """Folder of attention.csv and attention.png."""
+
+    def __post_init__(self) -> None:
+        for key in ("lengths", "settings", "rows"):
+            values = getattr(self, key)
+            shown = [value.value if isinstance(value, Enum) else value for value in values]
+            _require(len(values) > 0, key, "[]", "must hold at least one")
+            _require(len(set(values)) == len(values), key, shown, "must not hold the same twice")
+        for length in self.lengths:
+            _require(length >= 1, "lengths", length, "must be at least 1")
+        for setting in self.settings:
+            _require(len(setting) == 2 and min(setting) >= 1, "settings", list(setting), "each must be [block_size, topk], both at least 1")
+        _at_least(self, 1, "num_heads", "num_kv_heads", "head_dim", "repeats")
+        _at_least(self, 0, "dense_up_to", "seed")
+        divides = self.num_heads % self.num_kv_heads == 0
+        _require(divides, "num_heads", self.num_heads, f"must be a multiple of num_kv_heads={self.num_kv_heads}")
+        _require(self.seed < 2**63, "seed", self.seed, "must be below 2^63")
+        _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")
