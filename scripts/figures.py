@@ -1,4 +1,4 @@
-"""Figures of a run: perplexity by position, and training losses. No display is needed; colours suit colour-blind readers."""
+"""Figures: perplexity by position, training losses, times of kernels. No display is needed; colours suit colour-blind readers."""
 
 import json
 import math
@@ -63,6 +63,35 @@ def plot_losses(path: Path, runs: Mapping[str, Path]) -> None:
     _save(figure, path)
 
 
+def plot_times(path: Path, title: str, panels: Mapping[str, Sequence[tuple[str, str, Sequence[tuple[int, float]]]]]) -> None:
+    """Writes a PNG of times over lengths, a panel for each entry: its lines are (kernel, attention, [(tokens, ms), ...]).
+
+    A colour stands for an attention, a marker and dash for a kernel, so that rivals at one task share a colour.
+    """
+    lines = [line for panel in panels.values() for line in panel]
+    kernels, attentions = (list(dict.fromkeys(line[part] for line in lines)) for part in (0, 1))
+    lengths = sorted({tokens for *_, points in lines for tokens, _ in points})
+    figure = Figure(figsize=(3.0 + 3.8 * max(1, len(panels)), 4.2), dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    handles = {}
+    for axes, (name, panel) in zip(figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels.items()):
+        for kernel, attention, points in panel:
+            number = kernels.index(kernel)
+            style = {"marker": _marker(number), "linestyle": _DASHES[number % len(_DASHES)], **_style(attentions.index(attention))}
+            handles[f"{kernel}, {attention}"], *_ = axes.plot(*zip(*points), markersize=4.5, **style)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator(lengths))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(round(value))))
+        axes.xaxis.set_minor_locator(NullLocator())
+        _log_ticks(axes, subs=(1, 2, 5))
+        axes.set_xlabel("tokens")
+        axes.set_ylabel(f"{name} (ms)")
+        _plain(axes)
+    if handles:
+        figure.legend(list(handles.values()), list(handles), loc="outside right upper", frameon=False, fontsize=8)
+    _save(figure, path)
+
+
 def short_count(value: int) -> str:
     """512, 1K, 2K, 1M: powers of two as people write context lengths."""
     for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
@@ -112,9 +141,9 @@ def _marker(number: int) -> str:
     return _MARKERS[number % len(_MARKERS)]
 
 
-def _log_ticks(axes: Axes) -> None:
+def _log_ticks(axes: Axes, subs: Sequence[int] = (1, 2, 3, 4, 5, 7)) -> None:
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 7), numticks=20))
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=20))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.yaxis.set_minor_locator(NullLocator())
 
@@ -122,10 +151,14 @@ def _log_ticks(axes: Axes) -> None:
 def _new_figure() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
+    _plain(axes)
+    return figure, axes
+
+
+def _plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def _save(figure: Figure, path: Path) -> None:

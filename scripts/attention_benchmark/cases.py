@@ -72,18 +72,13 @@ class Case:
         return replace(self, num_tokens=min(self.num_tokens, few - 1))  # the last block is short
 
 
-def all_cases(config: BenchmarkConfig) -> list[tuple[Case, list[AttentionKernel]]]:
-    """What the config asks for, by length: dense attention first, then each MoBA setting; each with the kernels to measure."""
-    dense = [row for row in config.rows if row in DENSE]
-    sparse = [row for row in config.rows if row not in DENSE]
-    settings = [LayerAttention(kind="moba", block_size=block_size, topk=topk) for block_size, topk in config.settings]
-    cases = []
-    for length in sorted(config.lengths):
-        if dense and length <= config.dense_up_to:
-            cases.append((Case(config=config, num_tokens=length, attention=FULL), dense))
-        if sparse:
-            cases += [(Case(config=config, num_tokens=length, attention=setting), sparse) for setting in settings]
-    return cases
+def all_cases(config: BenchmarkConfig) -> list[tuple[AttentionKernel, Case]]:
+    """What the config asks for, in the order of measuring: dense rows first, whose rate the others are held against."""
+    attentions = [LayerAttention(kind="moba", block_size=block_size, topk=topk) for block_size, topk in config.settings]
+    lengths = sorted(config.lengths)
+    dense = [(row, length, FULL) for length in lengths if length <= config.dense_up_to for row in config.rows if row in DENSE]
+    sparse = [(row, length, moba) for length in lengths for moba in attentions for row in config.rows if row not in DENSE]
+    return [(row, Case(config=config, num_tokens=length, attention=attention)) for row, length, attention in dense + sparse]
 
 
 def draw_inputs(case: Case, device: torch.device) -> list[Tensor]:

@@ -134,18 +134,18 @@ def measure(row: AttentionKernel, case: Case, meter: CudaMeter) -> Result:
 
 
 def _measure(row: AttentionKernel, case: Case, checked: Check | None, meter: CudaMeter) -> Result:
-    eager, graph, peak, kernels, no_graph = {}, {}, {}, {}, ""
-    for name, call in _passes(kernel_of(row, case, meter.device), case, meter.device).items():
-        eager[name] = _time(call, case.config.repeats, meter)
-        peak[name] = meter.peak(call)
-        if row is AttentionKernel.TRITON:
-            kernels = meter.kernels(call)
-        try:
-            graph[name] = _time(meter.capture(call), case.config.repeats, meter)
-        except torch.cuda.OutOfMemoryError:
-            no_graph = "out of memory"
-        except RuntimeError as error:
-            no_graph = _first_line(error)
+    calls, repeats = _passes(kernel_of(row, case, meter.device), case, meter.device), case.config.repeats
+    eager = {name: _time(call, repeats, meter) for name, call in calls.items()}
+    peak = {name: meter.peak(call) for name, call in calls.items()}
+    kernels = meter.kernels(calls[list(calls)[-1]]) if row is AttentionKernel.TRITON else {}
+    graph, no_graph = {}, ""
+    try:  # last: a capture that fails can leave allocations behind
+        for name, call in calls.items():
+            graph[name] = _time(meter.capture(call), repeats, meter)
+    except torch.cuda.OutOfMemoryError:
+        no_graph = "out of memory"
+    except Exception as error:  # whatever a kernel's library makes of it, the times above stand
+        no_graph = _first_line(error)
     return Result(row=row, case=case, check=checked, eager=eager, graph=graph, no_graph=no_graph, peak=peak, kernels=kernels)
 
 

@@ -1,0 +1,116 @@
+"""Measure kernels: `python -m scripts.benchmark attention`.
+
+    lengths=[8192,32768] settings=[[128,8],[512,3]]   tokens in a call; MoBA settings, each [block_size, topk]
+    inputs=skewed documents=mixed                     choices as trained models make them; several documents
+    rows=[triton,cudnn] backward=false                which kernels; forward alone
+
+Forward and forward+backward time, eager and under a CUDA graph, peak memory and sparse efficiency of MoBA and dense attention on one
+GPU. A MoBA row is first checked against fp64; one that is wrong shows its error in place of a time, and the exit status is 1.
+Prints Markdown; writes attention.csv and attention.png into output_dir, anew after every row.
+"""
+
+import datetime
+import importlib.metadata
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # started by its path: the folder of this file would shadow top-level packages, the root would be missing
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+
+from configs.mapping import nearest
+from configs.registry import command, fail, show
+from configs.schema import BenchmarkConfig, ConfigError
+from scripts.attention_benchmark.cases import all_cases, is_installed
+from scripts.attention_benchmark.measure import CudaMeter, Result, measure
+from scripts.attention_benchmark.report import markdown, series, to_csv
+from scripts.figures import plot_times
+from scripts.program import run
+
+SUBCOMMANDS = ("attention",)
+FILES = ("attention.csv", "attention.png")
+
+
+def main() -> None:
+    """Takes the subcommand, the first word, off the command line; the rest is its config."""
+    word = next(iter(sys.argv[1:]), "")
+    if word in SUBCOMMANDS:
+        sys.argv.pop(1)
+    elif word not in ("-h", "--help"):
+        given = "what to measure must be given" if not word or "=" in word else f"{word}: no such benchmark{nearest(word, SUBCOMMANDS)}"
+        fail(f"{given}; accepted first word: {', '.join(SUBCOMMANDS)}")
+    attention()
+
+
+@command(BenchmarkConfig, config_name="benchmark")
+def attention(config: BenchmarkConfig) -> None:
+    """Measures row after row, keeps the files up to date, and prints the report."""
+    results = benchmark(config)
+    folder = Path(config.output_dir)
+    missing = [f"{row.value}: not installed" for row in config.rows if not is_installed(row)]
+    show("\n\n".join([markdown(results, describe(), missing), "\n".join(str(folder / name) for name in FILES)]))
+    if any(result.is_wrong for result in results):
+        raise SystemExit(1)
+
+
+def benchmark(config: BenchmarkConfig) -> list[Result]:
+    """All results, after the files are written. Raises ConfigError, before any measurement, where there is nothing to measure with."""
+    if not torch.cuda.is_available():
+        raise ConfigError("attention: needs a CUDA device and torch sees none")
+    cases = [(row, case) for row, case in all_cases(config) if is_installed(row)]
+    if not cases:
+        shown = ", ".join(row.value for row in config.rows)
+        raise ConfigError(f"rows={shown}: none can be measured; see dense_up_to={config.dense_up_to} and what is installed")
+    folder, meter = _make_folder(config), CudaMeter()
+    results: list[Result] = []
+    for row, case in cases:
+        result = measure(row, case, meter)
+        results.append(result)
+        found = result.problem or ", ".join(f"{name} {timing.median:.4g} ms" for name, timing in result.eager.items())
+        print(f"{case.num_tokens:,} tokens, {case.attention}, {row.value}: {found}", file=sys.stderr, flush=True)
+        _write(folder, results)
+    return results
+
+
+def describe() -> dict[str, str]:
+    """What the results were found on and with."""
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+        "triton": importlib.metadata.version("triton"),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": shlex.join(["python", "-m", "scripts.benchmark", *SUBCOMMANDS, *sys.argv[1:]]),
+    }
+
+
+def _make_folder(config: BenchmarkConfig) -> Path:
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ConfigError(f"output_dir={folder}: is a file; choose a folder") from None
+    except OSError as error:
+        raise ConfigError(f"output_dir={folder}: cannot be made ({error.strerror})") from None
+    return folder
+
+
+def _write(folder: Path, results: Sequence[Result]) -> None:
+    """Each file whole, beside and then renamed. Raises ConfigError where one cannot be written."""
+    table, figure = (folder / name for name in FILES)
+    beside = folder / f".{table.name}.partial"
+    facts = describe()
+    try:
+        beside.write_text(to_csv(results, facts))
+        os.replace(beside, table)
+        plot_times(figure, f"Attention on {facts['gpu']}, {facts['date']}", series(results))
+    except OSError as error:
+        raise ConfigError(f"output_dir={folder}: cannot be written ({error.strerror})") from None
+
+
+if __name__ == "__main__":
+    run(main, interrupted="the rows that were finished are in output_dir")
