@@ -217,7 +217,8 @@ def command(schema: type[T], *, config_name: str) -> Callable[[Callable[[T], Non
 def _help(main: Callable[..., None], config_name: str, values: dict[str, Any]) -> str:
     options = [f"  {group}={'|'.join(_options(group))}" for group in _groups(config_name)]
     about = (sys.modules[main.__module__].__doc__ or "").strip()
-    return "\n".join([about, "", "Set as key=value; --cfg shows the result. Whole configs:", *options, "", "Every key:", _yaml(values)])
+    whole = ["Whole configs:", *options, ""] if options else []
+    return "\n".join([about, "", "Set as key=value; --cfg shows the result.", *whole, "Every key:", _yaml(values)])
 
 
 def _yaml(values: Any) -> str:

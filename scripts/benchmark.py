@@ -10,8 +10,6 @@ Prints Markdown; writes attention.csv and attention.png into output_dir, anew af
 """
 
 import datetime
-import importlib.metadata
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -78,11 +76,13 @@ def benchmark(config: BenchmarkConfig) -> list[Result]:
 
 def describe() -> dict[str, str]:
     """What the results were found on and with."""
+    import triton  # not installed everywhere; where there is a CUDA device it is
+
     return {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
-        "triton": importlib.metadata.version("triton"),
+        "triton": triton.__version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": shlex.join(["python", "-m", "scripts.benchmark", *SUBCOMMANDS, *sys.argv[1:]]),
     }
@@ -102,14 +102,18 @@ def _make_folder(config: BenchmarkConfig) -> Path:
 def _write(folder: Path, results: Sequence[Result]) -> None:
     """Each file whole, beside and then renamed. Raises ConfigError where one cannot be written."""
     table, figure = (folder / name for name in FILES)
-    beside = folder / f".{table.name}.partial"
     facts = describe()
     try:
+        beside = folder / f".{table.name}.partial"
         beside.write_text(to_csv(results, facts))
-        os.replace(beside, table)
+        beside.replace(table)
         plot_times(figure, f"Attention on {facts['gpu']}, {facts['date']}", series(results))
-    except OSError as error:
-        raise ConfigError(f"output_dir={folder}: cannot be written ({error.strerror})") from None
+    except BaseException as error:
+        for name in FILES:
+            (folder / f".{name}.partial").unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise ConfigError(f"output_dir={folder}: cannot be written ({error.strerror})") from None
+        raise
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def markdown(results: Sequence[Result], facts: Mapping[str, str], missing: Seque
     """The report: main table, notes (`missing` packages among them), parts, time per token. `facts` are those of `describe`."""
     results = sorted(results, key=lambda result: result.case.num_tokens)  # stable: rows of a length keep their order
     config = results[0].case.config
-    documents = "one document" if config.documents is KernelDocuments.ONE else "five documents of mixed lengths in MoBA rows, one in dense ones"
+    documents = "five documents of mixed lengths (one in dense rows)" if config.documents is KernelDocuments.MIXED else "one document"
     sections = [
         f"# Attention on {facts['gpu']}",
         f"{config.num_heads} query and {config.num_kv_heads} key/value heads of {config.head_dim}, {config.dtype.value}, "
@@ -89,14 +89,16 @@ def markdown(results: Sequence[Result], facts: Mapping[str, str], missing: Seque
 def _main_table(results: Sequence[Result], backward: bool) -> str:
     passes = PASSES if backward else PASSES[:1]
     short = {FORWARD: "forward", BOTH: "fwd+bwd"}
-    header = ["tokens", "attention", "kernel", *(f"{short[name]}, ms" for name in passes), *(f"{short[name]}, graph, ms" for name in passes)]
+    header = ["tokens", "attention", "kernel"]
+    header += [f"{short[name]}{mode}, ms" for mode in ("", ", graph") for name in passes]
     header += ["peak, GiB", *(f"floor {short[name]}, ms" for name in passes), *(f"efficiency {short[name]}" for name in passes), "tokens/s"]
     rows = []
     for result in results:
         case = result.case
         row = [short_count(case.num_tokens), str(case.attention), result.row.value]
         if result.problem:
-            rows.append(row + [result.problem] + [_NONE] * (len(header) - len(row) - 1))
+            said = result.problem if result.is_wrong else result.problem.partition(":")[0]  # the rest is a note
+            rows.append(row + [said] + [_NONE] * (len(header) - len(row) - 1))
             continue
         floors = [None if case.attention == FULL else floor(case, name, results) for name in passes]
         row += [_spread(result.eager[name]) for name in passes] + [_spread(result.graph.get(name)) for name in passes]
@@ -126,20 +128,32 @@ def _notes(results: Sequence[Result]) -> Iterator[str]:
         dense = dense_of(next(result.case for result in sparse if result.case.num_tokens == tokens), results)
         if dense and dense.case.num_tokens != tokens:
             yield f"Floors at {short_count(tokens)} tokens: from the dense rate at {short_count(dense.case.num_tokens)}."
-    for result in sparse:
-        name = f"{result.row.value} {result.case.attention} at {short_count(result.case.num_tokens)}"
-        if result.case.is_full:
-            yield f"{name}: topk x block_size covers the longest document, so MoBA is full attention there."
-        if result.check and not result.problem:
-            worst = max(result.check.errors, key=lambda key: result.check.errors[key] / result.check.plain[key])
-            yield (
-                f"{name}: checked on {result.check.num_tokens:,} tokens; nearest to its bound is {worst}, relative error "
-                f"{result.check.errors[worst]:.2g} against {result.check.plain[worst]:.2g} of plain torch; "
-                f"{result.check.left_out:.2%} of choices are near-ties and left out."
-            )
-    for reason in sorted({result.no_graph for result in results if result.no_graph}):
-        names = sorted({f"{result.row.value}" for result in results if result.no_graph == reason})
-        yield f"No CUDA graph of {', '.join(names)}: {reason}."
+    full = [result for result in sparse if result.case.is_full]
+    if full:
+        yield f"MoBA is full attention where topk x block_size covers the longest document: {_names(full)}."
+    for row in dict.fromkeys(result.row for result in sparse):
+        checked = [result for result in sparse if result.row is row and result.check and not result.problem]
+        if checked:
+            yield _check_note(row, checked)
+    for problem in dict.fromkeys(result.problem for result in results if ":" in result.problem and not result.is_wrong):
+        yield f"{_names([result for result in results if result.problem == problem])} {problem}"
+    for reason in dict.fromkeys(result.no_graph for result in results if result.no_graph):
+        yield f"No CUDA graph of {_names([result for result in results if result.no_graph == reason])}: {reason}"
+
+
+def _check_note(row: AttentionKernel, results: Sequence[Result]) -> str:
+    checks = [result.check for result in results if result.check]
+    worst = max(checks, key=lambda check: check.excess)
+    tokens = sorted({check.num_tokens for check in checks})
+    return (
+        f"{row.value} was checked against fp64 on {tokens[0]:,} to {tokens[-1]:,} tokens: relative error at most "
+        f"{worst.errors[worst.worst]:.2g}, of {worst.worst}, where plain torch in {results[0].case.config.dtype.value} has "
+        f"{worst.plain[worst.worst]:.2g}; up to {max(check.left_out for check in checks):.2%} of choices, near-ties, were left out."
+    )
+
+
+def _names(results: Sequence[Result]) -> str:
+    return ", ".join(f"{result.row.value} {result.case.attention} at {short_count(result.case.num_tokens)}" for result in results)
 
 
 def _parts_table(results: Sequence[Result]) -> str:
@@ -160,13 +174,13 @@ def _token_table(results: Sequence[Result]) -> str:
     if not found:
         return ""
     passes = list(found[0].eager)
-    header = ["attention", "tokens", *(f"{name}, ns/token" for name in passes), "gate, ns/token", "gate, kFLOP/token", "gate, TFLOP/s"]
+    header = ["attention", "tokens", *(f"{name}, ns/token" for name in passes), "gate, kFLOP/token", "gate, ns/token", "gate, TFLOP/s"]
     rows = []
     for result in sorted(found, key=lambda result: (result.case.attention.block_size, result.case.attention.topk)):
         tokens, flops, gate = result.case.num_tokens, gate_flops(result.case), parts(result).get("gate")
         row = [str(result.case.attention), short_count(tokens), *(f"{result.eager[name].median / tokens * 1e6:.1f}" for name in passes)]
-        row += [f"{gate / tokens * 1e6:.1f}" if gate else _NONE, f"{flops / tokens / 1e3:,.0f}", f"{flops / gate / 1e9:.0f}" if gate else _NONE]
-        rows.append(row)
+        measured = [f"{gate / tokens * 1e6:.1f}", f"{flops / gate / 1e9:.0f}"] if gate else [_NONE, _NONE]
+        rows.append([*row, f"{flops / tokens / 1e3:,.0f}", *measured])
     return "## Time per token of triton beside its gate, which alone grows with the length\n\n" + _table(header, rows, texts=1)
 
 
@@ -249,5 +263,6 @@ def _values(result: Result, results: Sequence[Result]) -> dict[str, Any]:
     check = result.check
     values |= {"check_tokens": check.num_tokens if check else None, "check_left_out": check.left_out if check else None}
     for name in NAMES:
-        values |= {f"error_{name}": check.errors.get(name) if check else None, f"plain_error_{name}": check.plain.get(name) if check else None}
+        errors, plain = (check.errors, check.plain) if check else ({}, {})
+        values |= {f"error_{name}": errors.get(name), f"plain_error_{name}": plain.get(name)}
     return values
