@@ -144,9 +144,9 @@ def _notes(results: Sequence[Result]) -> Iterator[str]:
 def _check_note(row: AttentionKernel, results: Sequence[Result]) -> str:
     checks = [result.check for result in results if result.check]
     worst = max(checks, key=lambda check: check.excess)
-    tokens = sorted({check.num_tokens for check in checks})
+    tokens = " to ".join(f"{count:,}" for count in sorted({edge(check.num_tokens for check in checks) for edge in (min, max)}))
     return (
-        f"{row.value} was checked against fp64 on {tokens[0]:,} to {tokens[-1]:,} tokens: relative error at most "
+        f"{row.value} was checked against fp64 on {tokens} tokens: relative error at most "
         f"{worst.errors[worst.worst]:.2g}, of {worst.worst}, where plain torch in {results[0].case.config.dtype.value} has "
         f"{worst.plain[worst.worst]:.2g}; up to {max(check.left_out for check in checks):.2%} of choices, near-ties, were left out."
     )

@@ -11,7 +11,7 @@ from configs import registry
 from configs.checks import check_run, check_vocabulary
 from configs.mapping import first_difference, from_mapping, to_mapping
 from configs.registry import CONFIG_DIR, compose
-from configs.schema import AttentionConfig, ConfigError, EvaluateConfig, PrepareConfig, RunConfig, StageConfig
+from configs.schema import AttentionConfig, BenchmarkConfig, ConfigError, EvaluateConfig, PrepareConfig, RunConfig, StageConfig
 from train.stages import place_of
 
 
@@ -61,6 +61,7 @@ def test_every_file_opens_by_saying_what_it_is(path):
 def test_every_root_composes():
     assert compose(PrepareConfig, config_name="prepare_data").data.name == "bundled"
     assert compose(EvaluateConfig, config_name="evaluate", overrides=["checkpoint=x"]).checkpoint == "x"
+    assert compose(BenchmarkConfig, config_name="benchmark").output_dir == "outputs/benchmark"
 
 
 @pytest.fixture
