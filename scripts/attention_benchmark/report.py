@@ -19,7 +19,7 @@ PASSES = (FORWARD, BOTH)
 PARTS: Mapping[str, tuple[str, ...]] = {
     "means": ("_means_kernel",),
     "gate": ("_gate_kernel",),
-    "index": ("_count_kernel", "_scatter_kernel", "_pieces_kernel"),
+    "index": ("_count_kernel", "_scatter_kernel", "_ends_kernel", "_pieces_kernel"),
     "past blocks": ("_past_",),
     "own block, merge": ("_own_kernel",),
     "delta": ("_delta_kernel",),
