@@ -1,6 +1,7 @@
 """The public door of MoBA attention: validation, the hand-over to full attention, then the chosen backend."""
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def moba_attention(
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     if backend != "reference" and topk * block_size >= longest:
         return full_attention(q, k, v, cu_seqlens=cu_seqlens, softmax_scale=softmax_scale)
-    sizes = {"block_size": block_size, "topk": topk, "softmax_scale": softmax_scale or q.shape[-1] ** -0.5}
+    sizes: dict[str, Any] = {"block_size": block_size, "topk": topk, "softmax_scale": softmax_scale or q.shape[-1] ** -0.5}
     with torch.autocast(q.device.type, enabled=False):  # the inputs' dtype decides, and the gate needs fp32
         if backend == "triton":
             from model.ops.moba.triton.operator import moba_triton  # Triton may be missing where its kernels are not used

@@ -4,6 +4,7 @@ Two custom operators, so that torch.compile sees through to their shapes and nev
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def _forward(
             del chosen
         for r, queries in enumerate(_ranges(cut, num_tokens)):
             part = lists and lists.of_range(r, cut.heads * len(queries) * num_past)
-            sizes = {"blocks": blocks, "heads": heads, "queries": queries, "num_past": num_past}
+            sizes: dict[str, Any] = {"blocks": blocks, "heads": heads, "queries": queries, "num_past": num_past}
             moba_forward(q, k, v, out, lse, lists=part, scale=softmax_scale / math.log(2), **sizes)
     return out, lse, entries, edges
 
@@ -110,7 +111,7 @@ def _backward(
     scales = {"scale": softmax_scale / math.log(2), "softmax_scale": softmax_scale}
     for g in range(cut.num_groups):
         heads = range(g * cut.heads, (g + 1) * cut.heads)
-        sizes = {"blocks": blocks, "heads": heads, "num_past": num_past, **scales}
+        sizes: dict[str, Any] = {"blocks": blocks, "heads": heads, "num_past": num_past, **scales}
         lists = slots = None
         if num_past:
             num_lists = cut.heads * blocks.count
