@@ -1,14 +1,22 @@
-"""For every test: no name but this machine's own is reached, since nothing may be fetched after the installation."""
+"""For every test: no name but this machine's own is reached, since nothing may be fetched after the installation.
 
+And, without a CUDA device, Triton's kernels run on the CPU, in Python.
+"""
+
+import importlib
 import ipaddress
-import os
 import socket
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported: kernels then run on the CPU, in Python
+
+def pytest_configure():
+    if not torch.cuda.is_available():
+        # Triton decides as it is imported, and any test may be the first to do so. Child processes of tests shall not inherit it.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            importlib.import_module("model.ops.moba.triton.operator")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,8 +1,12 @@
 """Inputs and comparisons of the operator tests."""
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.ops.moba import select_blocks
 
 
 def make_inputs(num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, *, seed: int, dtype=torch.float64) -> list[Tensor]:
@@ -49,6 +53,28 @@ def assert_largest_error_within_twice(fast: dict[str, Tensor], plain: dict[str, 
     for name, truth in exact.items():
         fast_error, plain_error = ((x[name].double() - truth).abs().max() for x in (fast, plain))
         assert fast_error <= 2 * plain_error + 8 * torch.finfo(torch.float32).eps * truth.abs().max(), name
+
+
+def visible_tokens(q: Tensor, k: Tensor, bounds: list[int], block_size: int, topk: int) -> Tensor:
+    """bool `[Hq, T, T]` from select_blocks."""
+    chosen = select_blocks(q, k, block_size=block_size, topk=topk, cu_seqlens=cu_seqlens(bounds))
+    visible = torch.zeros(q.shape[1], len(q), len(q), dtype=torch.bool, device=q.device)
+    for start, end in itertools.pairwise(bounds):
+        position = torch.arange(end - start, device=q.device)
+        block = position // block_size
+        is_seen = (block[:, None] == block) & (position[:, None] >= position)  # own block
+        for nth in range(topk - 1):
+            is_seen = is_seen | (chosen[start:end, :, nth].t()[..., None] == block)  # [Hq, L, L]
+        visible[:, start:end, start:end] = is_seen
+    return visible
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """Masked attention as anyone writes it, all in the inputs' own dtype."""
+    group = q.shape[1] // k.shape[1]
+    q, k, v = q.transpose(0, 1), *(x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
+    scores = (q @ k.transpose(1, 2)) * q.shape[-1] ** -0.5
+    return (scores.masked_fill(~visible, float("-inf")).softmax(dim=-1) @ v).transpose(0, 1)
 
 
 class LargestTensor(TorchDispatchMode):

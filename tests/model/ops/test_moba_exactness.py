@@ -1,6 +1,5 @@
 """The torch backend against the specification: outputs and every gradient, in fp64, fp32 and bf16."""
 
-import itertools
 from functools import partial
 
 import pytest
@@ -18,6 +17,8 @@ from tests.model.ops.helpers import (
     cu_seqlens,
     forward_backward,
     make_inputs,
+    plain_attention,
+    visible_tokens,
     with_dtype,
 )
 
@@ -68,27 +69,6 @@ def test_error_is_at_most_twice_that_of_plain_torch(case, dtype):
     results = [forward_backward(sparse, low), forward_backward(plain, low), forward_backward(reference, high)]
     assert_error_within_twice(*results)
     assert_largest_error_within_twice(*results)
-
-
-def visible_tokens(q, k, bounds, block_size, topk):
-    """bool `[Hq, T, T]` from select_blocks."""
-    chosen = select_blocks(q, k, block_size=block_size, topk=topk, cu_seqlens=cu_seqlens(bounds))
-    visible = torch.zeros(q.shape[1], len(q), len(q), dtype=torch.bool)
-    for start, end in itertools.pairwise(bounds):
-        position = torch.arange(end - start)
-        block = position // block_size
-        is_chosen = (chosen[start:end, :, :, None] == block).any(2)  # [L, Hq, L]
-        own = (block[:, None] == block) & (position[:, None] >= position)
-        visible[:, start:end, start:end] = is_chosen.transpose(0, 1) | own
-    return visible
-
-
-def plain_attention(q, k, v, visible):
-    """Masked attention as anyone writes it, all in the inputs' own dtype."""
-    group = q.shape[1] // k.shape[1]
-    q, k, v = q.transpose(0, 1), *(x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
-    scores = (q @ k.transpose(1, 2)) * q.shape[-1] ** -0.5
-    return (scores.masked_fill(~visible, float("-inf")).softmax(dim=-1) @ v).transpose(0, 1)
 
 
 def test_groups_of_heads_give_the_same_bits(monkeypatch):
