@@ -14,6 +14,11 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpret
 triton = partial(moba_attention, backend="triton")
 
 
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the operator asks when it is called what Triton asked when it was imported
+
+
 @pytest.mark.parametrize(
     "bounds, heads, head_dim, block_size, topk",
     [
