@@ -283,12 +283,14 @@ def test_layout_in_memory_changes_no_bit(layout, num_tokens, block_size, target)
 
 def test_layout_of_the_upstream_gradient_changes_no_bit(target):
     q, k, v, d_out = target.inputs(140, 2, 1, 64, seed=68)
-    run = partial(moba, bounds=[0, 140], block_size=64, topk=2)
+    out = moba(q, k, v, bounds=[0, 140], block_size=64, topk=2)
+    backward = partial(torch.autograd.grad, out, (q, k, v), retain_graph=True)
     everywhere_one = d_out.new_ones(()).expand_as(d_out)  # of a sum
     every_token_alike = d_out[:1].expand_as(d_out)
     for strided in (heads_first(d_out), every_other(d_out), one_element_on(d_out), everywhere_one, every_token_alike):
-        inputs = [[q, k, v, strided], [q, k, v, strided.contiguous()]]
-        assert_same_bits(*(forward_backward(run, x) for x in inputs))
+        assert strided.storage_offset() or not strided.is_contiguous()
+        for grad, expected in zip(backward(strided), backward(strided.clone(memory_format=torch.contiguous_format))):
+            assert torch.equal(grad, expected)
 
 
 # bounds, block_size, topk, the tokens whose results must not feel the others
@@ -335,8 +337,8 @@ def test_non_finite_values_stay_in_their_document(block_size, target):
 @pytest.mark.parametrize("block_size", [64, 192])
 def test_runs_repeat_to_the_bit(block_size, target):
     torch.use_deterministic_algorithms(False)  # as a user runs it
-    inputs = target.inputs(700, 2, 1, 64, seed=72)
-    run = partial(moba, bounds=[0, 50, 700], block_size=block_size, topk=2)
+    inputs = target.inputs(450, 2, 1, 64, seed=72)
+    run = partial(moba, bounds=[0, 50, 450], block_size=block_size, topk=2)
     assert_same_bits(*(forward_backward(run, inputs) for _ in range(2)))
 
 
@@ -375,8 +377,8 @@ def test_block_that_all_choose_and_blocks_that_none_does(case, target, monkeypat
     inputs = target.inputs(num_tokens, num_heads, num_kv, 64, seed=75)
     q, k, v, d_out = inputs
     with torch.no_grad():
-        q[..., 0] += 3
-        k[:block_size, :, 0] += 3  # the first block, which every query then takes for its one past block
+        q[..., 0], k[..., 0] = 4, 0
+        k[:block_size, :, 0] = 4  # the first block, which every query then takes for its one past block
     sizes = {"bounds": [0, num_tokens], "block_size": block_size, "topk": 2}
     chosen = kernel_choice(q, k, **sizes)
     assert not chosen[block_size:].any() and num_tokens - block_size > split * block_size
@@ -397,19 +399,19 @@ def test_groups_of_heads_give_the_same_bits(block_size, target):
     inputs = target.inputs(450, 4, 2, 64, seed=76)
     run = partial(moba, bounds=[0, 450], block_size=block_size, topk=2)
     expected = forward_backward(run, inputs)
-    workspace = 2 * 450 * (64 * inputs[0].element_size() + 64 * 8)  # of one key head: what half of it needs, and the rest of its queries
+    workspace = 2 * 450 * (64 * inputs[0].element_size() + 8 * 64 // plan.SPLIT)  # what the two query heads of one key head need
     cut = plan.schedule((450, 4, 64), 2, inputs[0].element_size(), num_docs=1, block_size=block_size, topk=2, workspace=workspace)
     assert (cut.num_groups, cut.num_ranges) == (2, 1)
     assert_same_bits(forward_backward(partial(run, workspace=workspace), inputs), expected)
 
 
-@pytest.mark.parametrize("block_size, num_tokens", [(64, 700), (192, 1800)])
-def test_ranges_of_queries_in_a_workspace_too_small(block_size, num_tokens, target):
+@pytest.mark.parametrize("num_tokens, block_size, topk", [(700, 64, 9), (1000, 192, 5)])
+def test_ranges_of_queries_in_a_workspace_too_small(num_tokens, block_size, topk, target):
     """Less than one group of heads needs: as exact, and outputs the same to the bit. Gradients may be summed in another order."""
-    sizes = {"bounds": [0, num_tokens], "block_size": block_size, "topk": 9}
+    sizes = {"bounds": [0, num_tokens], "block_size": block_size, "topk": topk}
     inputs = target.inputs(num_tokens, 1, 1, 64, seed=77)
     shape = (tuple(inputs[0].shape), 1, inputs[0].element_size())
-    assert plan.schedule(*shape, num_docs=1, block_size=block_size, topk=9, workspace=1).num_ranges > 4
+    assert plan.schedule(*shape, num_docs=1, block_size=block_size, topk=topk, workspace=1).num_ranges >= 4
     assert_exact(inputs, **sizes, run=partial(moba, workspace=1))
     q, k, v = inputs[:3]
     assert torch.equal(moba(q, k, v, **sizes, workspace=1), moba(q, k, v, **sizes))
@@ -434,14 +436,14 @@ def test_second_derivative_is_refused(target):
     q, k, v, d_out = target.inputs(200, 2, 1, 64, seed=80)
     out = moba(q, k, v, bounds=[0, 200], block_size=64, topk=2)
     (d_q,) = torch.autograd.grad(out, q, d_out, create_graph=True)
-    with pytest.raises(RuntimeError, match="moba::backward"):
+    with pytest.raises(RuntimeError, match="moba.backward.* no autograd formula was registered"):
         torch.autograd.grad(d_q.sum(), q)
 
 
 def test_operators_keep_the_rules_of_torch(target):
     """Schema, fake kernels and autograd registration, as torch itself checks them."""
-    q, k, v, _ = target.inputs(200, 2, 1, 64, seed=81)
-    torch.library.opcheck(torch.ops.moba.forward, (q, k, v, cu_seqlens([0, 40, 200]), 64, 2, 0.125, WORKSPACE))
+    q, k, v, _ = target.inputs(100, 1, 1, 64, seed=81)
+    torch.library.opcheck(torch.ops.moba.forward, (q, k, v, cu_seqlens([0, 20, 100]), 64, 2, 0.125, WORKSPACE))
 
 
 @pytest.mark.parametrize("bounds", [None, [0, 30, 200]])
@@ -454,3 +456,34 @@ def test_compiled_whole_it_gives_the_same_bits(bounds, target):
     compiled = torch.compile(run, fullgraph=True, backend="inductor" if target.device == "cuda" else "aot_eager")
     inputs = target.inputs(200, 2, 1, 64, seed=82)
     assert_same_bits(forward_backward(compiled, inputs), forward_backward(run, inputs))
+
+
+def losses(backend, *, num_steps, device, autocast):
+    """Of a small decoder that learns one packed row, from the same start whatever the backend."""
+    config = tiny_config(hidden_size=128, head_dim=64, num_heads=2, num_kv_heads=1, init_std=0.1)
+    model = build(config, "last 1 full, rest moba(64, 2)", backend=backend).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    tokens, positions, bounds = pack([200, 30, 1])
+    tokens, positions = tokens.to(device), positions.to(device)
+    found = []
+    for _ in range(num_steps):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+            logits = model(tokens, positions, bounds)
+        loss = torch.nn.functional.cross_entropy(logits[:-1].float(), tokens[1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return torch.tensor(found)
+
+
+def test_training_follows_the_torch_backend(target):
+    if target.device == "cpu":
+        ours, theirs = (losses(backend, num_steps=10, device="cpu", autocast=False) for backend in ("triton", "torch"))
+        bound = 1e-4
+    else:
+        run = partial(losses, num_steps=50, device="cuda", autocast=True)
+        ours, theirs, again = (run(backend) for backend in ("triton", "torch", "reference"))
+        bound = 2 * (again - theirs).abs().max() + 1e-3  # bf16 noise: what two other right backends differ by
+    assert theirs[-1] < theirs[0] - 0.1
+    assert (ours - theirs).abs().max() <= bound
