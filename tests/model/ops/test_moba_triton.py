@@ -24,7 +24,10 @@ from tests.model.ops.helpers import (
     visible_tokens,
     with_dtype,
 )
-from tests.model.ops.interpreter import reduce_slices, scan_by_doubling
+from tests.model.ops.interpreter import scan_by_doubling, sort
+
+# What the interpreter computes only to mask may overflow.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 WORKSPACE = 1 << 30
 # Two scores that differ by less than this times |q| |mean| are a near-tie, which the gate may decide either way (see `gate.choose_blocks`).
@@ -59,7 +62,7 @@ def target(request, monkeypatch):
         if torch.cuda.is_available():
             pytest.skip("the kernels are compiled for the CUDA device")
         monkeypatch.setenv("TRITON_INTERPRET", "1")  # the backend takes CPU tensors and fp32 then
-        monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce_slices)
+        monkeypatch.setattr("triton.language.sort", sort)
         monkeypatch.setattr(interpreter.ScanOps, "generic_scan", scan_by_doubling)
     return request.param
 
@@ -396,11 +399,11 @@ def test_block_that_all_choose_and_blocks_that_none_does(case, target, monkeypat
 
 @pytest.mark.parametrize("block_size", [64, 192])
 def test_groups_of_heads_give_the_same_bits(block_size, target):
-    inputs = target.inputs(300, 4, 2, 64, seed=76)
+    inputs = target.inputs(300, 2, 2, 64, seed=76)
     run = partial(moba, bounds=[0, 300], block_size=block_size, topk=2)
     expected = forward_backward(run, inputs)
-    workspace = 2 * 300 * (64 * inputs[0].element_size() + 8 * 64 // plan.SPLIT)  # what the two query heads of one key head need
-    cut = plan.schedule((300, 4, 64), 2, inputs[0].element_size(), num_docs=1, block_size=block_size, topk=2, workspace=workspace)
+    workspace = 300 * (64 * inputs[0].element_size() + 8 * 64 // plan.SPLIT)  # what one of the two heads needs
+    cut = plan.schedule((300, 2, 64), 2, inputs[0].element_size(), num_docs=1, block_size=block_size, topk=2, workspace=workspace)
     assert (cut.num_groups, cut.num_ranges) == (2, 1)
     assert_same_bits(forward_backward(partial(run, workspace=workspace), inputs), expected)
 
