@@ -37,7 +37,9 @@ def _inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Keys with heads side by side, as projections leave them, and rows on 16 bytes, which the copy engine asks for: others are copied.
     as_is = k.stride() == v.stride() and k.stride()[1:] == (k.shape[-1], 1) and k.stride(0) * k.element_size() % 16 == 0
     aligned = k.data_ptr() % 16 == v.data_ptr() % 16 == 0
-    return _dense_rows(q), *((k, v) if as_is and aligned else (k.contiguous(), v.contiguous()))
+    if not (as_is and aligned):
+        k, v = (x.clone(memory_format=torch.contiguous_format) for x in (k, v))  # contiguous() would leave a dense one where it lies
+    return _dense_rows(q), k, v
 
 
 def _schedule(q: Tensor, k: Tensor, cu_seqlens: Tensor, block_size: int, topk: int, workspace: int) -> Schedule:
