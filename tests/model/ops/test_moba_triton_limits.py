@@ -1,0 +1,49 @@
+"""What the Triton backend does not take is said before any launch, never served by another."""
+
+import pytest
+import torch
+
+from model.ops.moba import moba_attention
+from model.ops.moba.triton.limits import refusal
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, block_size, topk, message",
+    [
+        ((9, 2, 64), torch.float64, 64, 2, "q has dtype torch.float64; accepted: torch.bfloat16, torch.float16"),
+        ((9, 2, 96), torch.float16, 64, 2, "q has head dimension 96; accepted: 64, 128"),
+        ((9, 2, 64), torch.float16, 96, 2, "block_size=96; accepted: multiples of 64 up to 32768"),
+        ((9, 2, 64), torch.float16, 32, 2, "block_size=32; accepted: multiples of 64 up to 32768"),
+        ((9, 2, 64), torch.float16, 32832, 2, "block_size=32832; accepted: multiples of 64 up to 32768"),
+        ((9, 2, 64), torch.float16, 64, 65, "topk=65; accepted: 1 to 64"),
+    ],
+)
+def test_what_it_does_not_take_is_said(shape, dtype, block_size, topk, message, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # a CPU will do then
+    q = torch.zeros(shape, dtype=dtype)
+    with pytest.raises(ValueError, match=f"^backend='triton': {message}; backend='torch' takes others$"):
+        moba_attention(q, q[:, :1], q[:, :1], block_size=block_size, topk=topk, backend="triton")
+
+
+def test_without_interpreter_a_cpu_is_refused_and_auto_takes_torch(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    q, k, v = (torch.randn(200, heads, 64) for heads in (2, 1, 1))
+    with pytest.raises(ValueError, match="^backend='triton': q is on cpu; accepted: a CUDA device; backend='torch' takes others$"):
+        moba_attention(q, k, v, block_size=64, topk=2, backend="triton")
+    auto, torch_backend = (moba_attention(q, k, v, block_size=64, topk=2, backend=name) for name in ("auto", "torch"))
+    assert torch.equal(auto, torch_backend)
+
+
+def test_more_choices_than_the_index_counts_are_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    q, k = (torch.empty(1 << 20, heads, 64, device="meta") for heads in (64, 1))
+    said = "T=1048576, topk=64 and 64 query heads for each key head make 4227858432 choices; accepted: below 2**31"
+    assert refusal(q, k, block_size=64, topk=64) == said
+    assert refusal(q, k, block_size=64, topk=2) is None
+
+
+@pytest.mark.parametrize("workspace", [0, -1, 1.5])
+def test_a_workspace_that_is_none(workspace):
+    q = torch.zeros(9, 1, 64)
+    with pytest.raises(ValueError, match=f"^workspace={workspace}; accepted: an integer of at least 1$"):
+        moba_attention(q, q, q, block_size=64, topk=2, workspace=workspace)
