@@ -28,7 +28,7 @@ def test_what_it_does_not_take_is_said(shape, dtype, block_size, topk, message, 
 def test_without_interpreter_a_cpu_is_refused_and_auto_takes_torch(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     q, k, v = (torch.randn(200, heads, 64) for heads in (2, 1, 1))
-    with pytest.raises(ValueError, match="^backend='triton': q is on cpu; accepted: a CUDA device; backend='torch' takes others$"):
+    with pytest.raises(ValueError, match=r"^backend='triton': q is on cpu; accepted: a CUDA device; backend='torch' takes others$"):
         moba_attention(q, k, v, block_size=64, topk=2, backend="triton")
     auto, torch_backend = (moba_attention(q, k, v, block_size=64, topk=2, backend=name) for name in ("auto", "torch"))
     assert torch.equal(auto, torch_backend)
