@@ -140,8 +140,8 @@ DOCUMENTS = [0, 1, 40, 41, 42, 200, 333, 334]
 CASES = {
     "63 tokens": ([0, 63], 1, 1, 64, 64, 1),
     "64 tokens, topk 1, groups of 4": ([0, 64], 4, 1, 128, 64, 1),
-    "65 tokens, topk 1, groups of 8": ([0, 65], 8, 1, 64, 64, 1),
-    "65 tokens, the past is one block": ([0, 65], 4, 1, 64, 64, 2),
+    "65 tokens, topk 1": ([0, 65], 2, 2, 64, 64, 1),
+    "65 tokens, the past is one block, groups of 8": ([0, 65], 8, 1, 64, 64, 2),
     "documents, some of one token, some below a block": (DOCUMENTS, 2, 2, 64, 64, 2),
     "topk beyond the number of blocks": ([0, 5, 200], 2, 1, 64, 64, 10),
     "1000 tokens, groups of 4": ([0, 1000], 4, 1, 64, 64, 3),
@@ -418,6 +418,33 @@ def test_ranges_of_queries_in_a_workspace_too_small(num_tokens, block_size, topk
     assert_exact(inputs, **sizes, run=partial(moba, workspace=1))
     q, k, v = inputs[:3]
     assert torch.equal(moba(q, k, v, **sizes, workspace=1), moba(q, k, v, **sizes))
+
+
+def test_views_of_more_than_32_bits(target):
+    """2**31 elements of q: the first and the last document are as they are alone."""
+    if target.device == "cpu":
+        pytest.skip("hours in the interpreter")
+    num_tokens, length = 1 << 20, 4096
+    generator = torch.Generator(target.device).manual_seed(84)
+    shapes = [(num_tokens, heads, 64) for heads in (32, 2, 2, 32)]
+    inputs = [torch.randn(shape, generator=generator, device=target.device, dtype=target.dtype) for shape in shapes]
+    q, k, v, d_out = inputs
+    sizes = {"block_size": 1024, "topk": 2}
+    bounds = [*range(0, num_tokens, length), num_tokens]
+    packed = forward_backward(partial(moba, bounds=bounds, **sizes), [*(x.requires_grad_() for x in (q, k, v)), d_out])
+    for part in (slice(0, length), slice(num_tokens - length, num_tokens)):
+        leaves = [x[part].detach().requires_grad_() for x in (q, k, v)]
+        alone = forward_backward(partial(moba, bounds=[0, length], **sizes), [*leaves, d_out[part]])
+        assert_same_bits({name: value[part] for name, value in packed.items()}, alone)
+
+
+def test_auto_takes_the_kernels_on_a_gpu_where_they_serve(target):
+    run = partial(moba_attention, block_size=64, topk=2)
+    inputs = target.inputs(200, 2, 1, 64, seed=83)
+    expected = forward_backward(partial(run, backend="triton" if target.device == "cuda" else "torch"), inputs)
+    assert_same_bits(forward_backward(run, inputs), expected)
+    q, k, v, _ = target.inputs(200, 2, 1, 32, seed=83)  # a head dimension that they do not take
+    torch.testing.assert_close(run(q, k, v), run(q, k, v, backend="torch"), rtol=0, atol=1e-3)
 
 
 def test_recomputed_activations_give_the_same_bits(target):

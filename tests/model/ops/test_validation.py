@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from model.ops.full import full_attention, full_decode
-from model.ops.moba import moba_attention, moba_decode, select_blocks, update_block_means
+from model.ops.moba import BACKENDS, moba_attention, moba_decode, select_blocks, update_block_means
 
 
 def good_inputs():
-    return {name: torch.zeros(12, heads, 8) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
+    return {name: torch.zeros(12, heads, 64) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
 
 
 def cu(*bounds, dtype=torch.int32):
@@ -17,16 +17,16 @@ def cu(*bounds, dtype=torch.int32):
 
 PACKED_ERRORS = {
     "not a tensor": ({"q": [1.0]}, r"q must be a tensor \[tokens, heads, head_dim\], got list \[1.0\]"),
-    "wrong rank": ({"k": torch.zeros(12, 8)}, r"k must be a tensor .* got a tensor of shape \(12, 8\)"),
-    "integer dtype": ({"v": torch.zeros(12, 2, 8, dtype=torch.int64)}, r"v has dtype torch.int64; accepted: torch.float16, "),
-    "dtypes differ": ({"v": torch.zeros(12, 2, 8).double()}, "v has dtype torch.float64 but q has torch.float32"),
-    "devices differ": ({"k": torch.zeros(12, 2, 8, device="meta")}, "k is on meta but q is on cpu"),
-    "no tokens": ({name: torch.zeros(0, 2, 8) for name in "qkv"}, r"q has shape \(0, 2, 8\); every dimension must be at least 1"),
-    "k and v differ": ({"v": torch.zeros(12, 1, 8)}, r"k has shape \(12, 2, 8\) and v \(12, 1, 8\)"),
-    "lengths differ": ({"q": torch.zeros(11, 4, 8)}, "q has T=11 tokens and k T=12"),
-    "head dimensions differ": ({"q": torch.zeros(12, 4, 9)}, "q has head dimension 9 and k 8"),
-    "heads do not divide": ({"q": torch.zeros(12, 3, 8)}, "q has 3 heads, which k's 2 heads do not divide"),
-    "fewer query heads": ({"q": torch.zeros(12, 1, 8)}, "q has 1 heads, which k's 2 heads do not divide"),
+    "wrong rank": ({"k": torch.zeros(12, 64)}, r"k must be a tensor .* got a tensor of shape \(12, 64\)"),
+    "integer dtype": ({"v": torch.zeros(12, 2, 64, dtype=torch.int64)}, r"v has dtype torch.int64; accepted: torch.float16, "),
+    "dtypes differ": ({"v": torch.zeros(12, 2, 64).double()}, "v has dtype torch.float64 but q has torch.float32"),
+    "devices differ": ({"k": torch.zeros(12, 2, 64, device="meta")}, "k is on meta but q is on cpu"),
+    "no tokens": ({name: torch.zeros(0, 2, 64) for name in "qkv"}, r"q has shape \(0, 2, 64\); every dimension must be at least 1"),
+    "k and v differ": ({"v": torch.zeros(12, 1, 64)}, r"k has shape \(12, 2, 64\) and v \(12, 1, 64\)"),
+    "lengths differ": ({"q": torch.zeros(11, 4, 64)}, "q has T=11 tokens and k T=12"),
+    "head dimensions differ": ({"q": torch.zeros(12, 4, 128)}, "q has head dimension 128 and k 64"),
+    "heads do not divide": ({"q": torch.zeros(12, 3, 64)}, "q has 3 heads, which k's 2 heads do not divide"),
+    "fewer query heads": ({"q": torch.zeros(12, 1, 64)}, "q has 1 heads, which k's 2 heads do not divide"),
     "zero scale": ({"softmax_scale": 0.0}, "softmax_scale=0.0; accepted: None"),
     "scale not a number": ({"softmax_scale": float("nan")}, "softmax_scale=nan"),
     "cu_seqlens a list": ({"cu_seqlens": [0, 12]}, r"cu_seqlens must be a tensor \[n_docs\+1\] .* got list \[0, 12\]"),
@@ -41,12 +41,19 @@ PACKED_ERRORS = {
 }
 
 
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The Triton backend takes CPU tensors; of what is refused here nothing reaches a kernel."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
 @pytest.mark.parametrize("error", PACKED_ERRORS)
-def test_packed_inputs(error):
+def test_packed_inputs(error, interpreted):
     change, message = PACKED_ERRORS[error]
     arguments = {**good_inputs(), **change}
-    with pytest.raises(ValueError, match=message):
-        moba_attention(**arguments, block_size=4, topk=2)
+    for backend in BACKENDS:
+        with pytest.raises(ValueError, match=message):
+            moba_attention(**{"backend": backend, **arguments}, block_size=64, topk=2)
     with pytest.raises(ValueError, match=message):
         full_attention(**arguments)
 
@@ -61,30 +68,67 @@ MOBA_ERRORS = {
 
 
 @pytest.mark.parametrize("error", MOBA_ERRORS)
-def test_block_size_and_topk(error):
+def test_block_size_and_topk(error, interpreted):
     change, message = MOBA_ERRORS[error]
-    inputs, settings = good_inputs(), {"block_size": 4, "topk": 2, **change}
-    with pytest.raises(ValueError, match=message):
-        moba_attention(**inputs, **settings)
+    inputs, settings = good_inputs(), {"block_size": 64, "topk": 2, **change}
+    for backend in BACKENDS:
+        with pytest.raises(ValueError, match=message):
+            moba_attention(**inputs, **settings, backend=backend)
     with pytest.raises(ValueError, match=message):
         select_blocks(inputs["q"], inputs["k"], **settings)
 
 
+TRITON_ERRORS = {
+    "double precision": ((9, 2, 64), torch.float64, 64, 2, "q has dtype torch.float64; accepted: torch.bfloat16, torch.float16"),
+    "head dimension": ((9, 2, 96), torch.float16, 64, 2, "q has head dimension 96; accepted: 64, 128"),
+    "block_size no multiple of 64": ((9, 2, 64), torch.float16, 96, 2, "block_size=96; accepted: multiples of 64 up to 32768"),
+    "block_size odd": ((9, 2, 64), torch.float16, 65, 2, "block_size=65; accepted: multiples of 64 up to 32768"),
+    "block_size too small": ((9, 2, 64), torch.float16, 32, 2, "block_size=32; accepted: multiples of 64 up to 32768"),
+    "block_size too large": ((9, 2, 64), torch.float16, 32832, 2, "block_size=32832; accepted: multiples of 64 up to 32768"),
+    "topk too large": ((9, 2, 64), torch.float16, 64, 65, "topk=65; accepted: 1 to 64"),
+    "too many choices": (
+        (1 << 20, 64, 64), torch.float16, 64, 33,
+        "T=1048576, topk=33 and 64 query heads for each key head make 2147483648 choices; accepted: below 2\\*\\*31",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("error", TRITON_ERRORS)
+def test_what_the_kernels_do_not_take(error, interpreted):
+    shape, dtype, block_size, topk, message = TRITON_ERRORS[error]
+    q = torch.zeros(1, 1, 1, dtype=dtype).expand(shape)
+    with pytest.raises(ValueError, match=f"^backend='triton': {message}; backend='torch' takes others$"):
+        moba_attention(q, q[:, :1], q[:, :1], block_size=block_size, topk=topk, backend="triton")
+
+
+def test_kernels_want_a_gpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    q = torch.zeros(9, 2, 64, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"^backend='triton': q is on cpu; accepted: a CUDA device; backend='torch' takes others$"):
+        moba_attention(q, q, q, block_size=64, topk=2, backend="triton")
+
+
+def test_workspace_is_a_number_of_bytes():
+    for workspace in (0, -1, 1e9):
+        with pytest.raises(ValueError, match=f"workspace={workspace}; accepted: an integer of at least 1"):
+            moba_attention(**good_inputs(), block_size=64, topk=2, workspace=workspace)
+
+
 def test_select_blocks_checks_its_inputs():
     inputs = good_inputs()
-    with pytest.raises(ValueError, match="q has head dimension 9 and k 8"):
+    with pytest.raises(ValueError, match="q has head dimension 9 and k 64"):
         select_blocks(torch.zeros(12, 4, 9), inputs["k"], block_size=4, topk=2)
     with pytest.raises(ValueError, match="cu_seqlens ends at 11"):
         select_blocks(inputs["q"], inputs["k"], block_size=4, topk=2, cu_seqlens=cu(0, 11))
 
 
 DECODE_ERRORS = {
-    "several tokens": ({"q": torch.zeros(2, 4, 8)}, r"q must be a tensor \[Hq, D\] holding one token, got .*\(2, 4, 8\)"),
-    "rank of k": ({"k": torch.zeros(2, 8)}, r"k must be a tensor .* got a tensor of shape \(2, 8\)"),
-    "empty cache": ({"k": torch.zeros(0, 2, 8), "v": torch.zeros(0, 2, 8)}, r"k has shape \(0, 2, 8\)"),
-    "k and v differ": ({"v": torch.zeros(11, 2, 8)}, r"k has shape \(12, 2, 8\) and v \(11, 2, 8\)"),
-    "dtypes differ": ({"q": torch.zeros(4, 8).double()}, "k has dtype torch.float32 but q has torch.float64"),
-    "heads do not divide": ({"q": torch.zeros(3, 8)}, "q has 3 heads, which k's 2 heads do not divide"),
+    "several tokens": ({"q": torch.zeros(2, 4, 64)}, r"q must be a tensor \[Hq, D\] holding one token, got .*\(2, 4, 64\)"),
+    "rank of k": ({"k": torch.zeros(2, 64)}, r"k must be a tensor .* got a tensor of shape \(2, 64\)"),
+    "empty cache": ({"k": torch.zeros(0, 2, 64), "v": torch.zeros(0, 2, 64)}, r"k has shape \(0, 2, 64\)"),
+    "k and v differ": ({"v": torch.zeros(11, 2, 64)}, r"k has shape \(12, 2, 64\) and v \(11, 2, 64\)"),
+    "dtypes differ": ({"q": torch.zeros(4, 64).double()}, "k has dtype torch.float32 but q has torch.float64"),
+    "heads do not divide": ({"q": torch.zeros(3, 64)}, "q has 3 heads, which k's 2 heads do not divide"),
     "scale": ({"softmax_scale": -1.0}, "softmax_scale=-1.0"),
 }
 
