@@ -78,42 +78,6 @@ def test_block_size_and_topk(error, interpreted):
         select_blocks(inputs["q"], inputs["k"], **settings)
 
 
-TRITON_ERRORS = {
-    "double precision": ((9, 2, 64), torch.float64, 64, 2, "q has dtype torch.float64; accepted: torch.bfloat16, torch.float16"),
-    "head dimension": ((9, 2, 96), torch.float16, 64, 2, "q has head dimension 96; accepted: 64, 128"),
-    "block_size no multiple of 64": ((9, 2, 64), torch.float16, 96, 2, "block_size=96; accepted: multiples of 64 up to 32768"),
-    "block_size odd": ((9, 2, 64), torch.float16, 65, 2, "block_size=65; accepted: multiples of 64 up to 32768"),
-    "block_size too small": ((9, 2, 64), torch.float16, 32, 2, "block_size=32; accepted: multiples of 64 up to 32768"),
-    "block_size too large": ((9, 2, 64), torch.float16, 32832, 2, "block_size=32832; accepted: multiples of 64 up to 32768"),
-    "topk too large": ((9, 2, 64), torch.float16, 64, 65, "topk=65; accepted: 1 to 64"),
-    "too many choices": (
-        (1 << 20, 64, 64), torch.float16, 64, 33,
-        "T=1048576, topk=33 and 64 query heads for each key head make 2147483648 choices; accepted: below 2\\*\\*31",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("error", TRITON_ERRORS)
-def test_what_the_kernels_do_not_take(error, interpreted):
-    shape, dtype, block_size, topk, message = TRITON_ERRORS[error]
-    q = torch.zeros(1, 1, 1, dtype=dtype).expand(shape)
-    with pytest.raises(ValueError, match=f"^backend='triton': {message}; backend='torch' takes others$"):
-        moba_attention(q, q[:, :1], q[:, :1], block_size=block_size, topk=topk, backend="triton")
-
-
-def test_kernels_want_a_gpu(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    q = torch.zeros(9, 2, 64, dtype=torch.float16)
-    with pytest.raises(ValueError, match=r"^backend='triton': q is on cpu; accepted: a CUDA device; backend='torch' takes others$"):
-        moba_attention(q, q, q, block_size=64, topk=2, backend="triton")
-
-
-def test_workspace_is_a_number_of_bytes():
-    for workspace in (0, -1, 1e9):
-        with pytest.raises(ValueError, match=f"workspace={workspace}; accepted: an integer of at least 1"):
-            moba_attention(**good_inputs(), block_size=64, topk=2, workspace=workspace)
-
-
 def test_select_blocks_checks_its_inputs():
     inputs = good_inputs()
     with pytest.raises(ValueError, match="q has head dimension 9 and k 64"):
