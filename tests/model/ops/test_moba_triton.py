@@ -267,7 +267,7 @@ def one_element_on(x):
 LAYOUTS = {
     "fused": lambda q, k, v: [x.view(y.shape) for x, y in zip(fused(q, k, v), (q, k, v))],
     "heads first": lambda q, k, v: [heads_first(x) for x in (q, k, v)],
-    "keys and values apart": lambda q, k, v: [q, heads_first(k), v],
+    "keys further apart than values": lambda q, k, v: [q, torch.cat((k, v), dim=1)[:, : k.shape[1]], v],
     "every other element": lambda q, k, v: [every_other(x) for x in (q, k, v)],
     "unaligned": lambda q, k, v: [one_element_on(x) for x in (q, k, v)],
 }
