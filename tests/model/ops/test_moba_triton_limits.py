@@ -10,7 +10,8 @@ from model.ops.moba.triton.limits import refusal
 @pytest.mark.parametrize(
     "shape, dtype, block_size, topk, message",
     [
-        ((9, 2, 64), torch.float64, 64, 2, "q has dtype torch.float64; accepted: torch.bfloat16, torch.float16"),
+        ((9, 2, 64), torch.float64, 64, 2, "q has dtype torch.float64; accepted: torch.float16, torch.float32"),
+        ((9, 2, 64), torch.bfloat16, 64, 2, "q has dtype torch.bfloat16; accepted: torch.float16, torch.float32"),
         ((9, 2, 96), torch.float16, 64, 2, "q has head dimension 96; accepted: 64, 128"),
         ((9, 2, 64), torch.float16, 96, 2, "block_size=96; accepted: multiples of 64 up to 32768"),
         ((9, 2, 64), torch.float16, 32, 2, "block_size=32; accepted: multiples of 64 up to 32768"),
@@ -32,6 +33,14 @@ def test_without_interpreter_a_cpu_is_refused_and_auto_takes_torch(monkeypatch):
         moba_attention(q, k, v, block_size=64, topk=2, backend="triton")
     auto, torch_backend = (moba_attention(q, k, v, block_size=64, topk=2, backend=name) for name in ("auto", "torch"))
     assert torch.equal(auto, torch_backend)
+
+
+def test_a_gpu_takes_16_bits(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    q = torch.zeros(9, 2, 64)
+    assert refusal(q, q, block_size=64, topk=2) == "q has dtype torch.float32; accepted: torch.bfloat16, torch.float16"
+    assert refusal(q.bfloat16(), q.bfloat16(), block_size=64, topk=2) is None
 
 
 def test_more_choices_than_the_index_counts_are_refused(monkeypatch):
