@@ -19,12 +19,12 @@ PASSES = (FORWARD, BOTH)
 PARTS: Mapping[str, tuple[str, ...]] = {
     "means": ("_means_kernel",),
     "gate": ("_gate_kernel",),
-    "index": ("_count_kernel", "_scatter_kernel", "_ends_kernel", "_pieces_kernel"),
+    "index": ("_count_kernel", "_scatter_kernel", "_cut_kernel"),
     "past blocks": ("_past_",),
     "own block, merge": ("_own_kernel",),
     "delta": ("_delta_kernel",),
-    "dK, dV": ("_dk_dv_",),
-    "dQ past": ("_dq_past_kernel",),
+    "dK, dV": ("_dk_dv_kernel", "dk_dv_kernel"),
+    "dQ past": ("_dq_past_kernel", "dq_past_kernel"),
     "dQ own, sum": ("_dq_own_kernel",),
 }
 OTHER = "other"

@@ -377,6 +377,7 @@ SINKS = {"one tile": (700, 2, 1, 64, 4), "several tiles": (620, 1, 1, 192, 1)}
 def test_block_that_all_choose_and_blocks_that_none_does(case, target, monkeypatch):
     num_tokens, num_heads, num_kv, block_size, split = SINKS[case]
     monkeypatch.setattr("model.ops.moba.triton.backward.SPLIT", split)
+    monkeypatch.setattr("model.ops.moba.triton.backward._LEAST_SPLIT", 1)
     inputs = target.inputs(num_tokens, num_heads, num_kv, 64, seed=75)
     q, k, v, d_out = inputs
     with torch.no_grad():

@@ -11,12 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.ops.moba.triton import hopper
 from model.ops.moba.triton.index import Lists, cut_lists
-from model.ops.moba.triton.launch import launch
-from model.ops.moba.triton.plan import SPLIT, Blocks, offsets, tile_of
+from model.ops.moba.triton.launch import TABLES, launch
+from model.ops.moba.triton.plan import SPLIT, Blocks, is_hopper, offsets, tile_of
+
+# No list is cut into pieces of fewer entries.
+_LEAST_SPLIT = 8192
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 def _delta_kernel(OUT, D_OUT, DELTA, num_tokens, out_stride_t, grad_stride_t, grad_stride_h, D: tl.constexpr, ROWS: tl.constexpr):
     head = tl.program_id(1).to(tl.int64)
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -72,89 +76,73 @@ def _list_tiles(
     return dk, dv
 
 
-@triton.jit
-def _dk_dv_long_kernel(
-    Q, K, V, D_OUT, LSE, DELTA, PARTIAL, DQ_SLOTS, ENTRIES, BEGIN, END, ENDS, PIECE, START,
-    stride_t, stride_h, kv_stride_t, kv_stride_h, grad_stride_t, grad_stride_h,
-    first_head, group, num_tokens, num_blocks, num_lists, scale,
-    TILES: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, KEEP_DQ: tl.constexpr,
-    INT: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    # What a list holds past its first SPLIT entries, SPLIT at a time: sums of dK and dV that the next kernel adds up in order.
-    piece, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    if piece < tl.load(ENDS + num_lists - 1):
-        which = tl.load(PIECE + piece)
-        list_begin = tl.load(BEGIN + which)
-        count = tl.load(END + which) - list_begin
-        begin = (piece - tl.load(ENDS + which) + (count + SPLIT - 1) // SPLIT) * SPLIT
-        local_head, block = (which // num_blocks).to(tl.int64), which % num_blocks
-        head = first_head + local_head
-        dims, keys = tl.arange(0, D), tl.arange(0, BK)
-        at = (tl.load(START + block) + tile * BK + keys).to(INT)[:, None] * kv_stride_t + dims[None, :]
-        kv_head = (head // group) * kv_stride_h
-        k, v = tl.load(K + kv_head + at), tl.load(V + kv_head + at)
-        dk, dv = tl.zeros((BK, D), tl.float32), tl.zeros((BK, D), tl.float32)
-        dk, dv = _list_tiles(
-            Q + head * stride_h, D_OUT + head * grad_stride_h, LSE + head * num_tokens, DELTA + head * num_tokens,
-            DQ_SLOTS + local_head * num_tokens * P * D, ENTRIES + list_begin, begin, tl.minimum(begin + SPLIT, count),
-            stride_t, grad_stride_t, k, v, dk, dv, scale, D, P, BM, KEEP_DQ, INT, STAGES,
-        )  # fmt: skip
-        partial = PARTIAL + (piece.to(tl.int64) * TILES + tile) * (2 * BK * D) + keys[:, None] * D + dims[None, :]
-        tl.store(partial, dk)
-        tl.store(partial + BK * D, dv)
-
-
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 def _dk_dv_kernel(
-    Q, K, V, D_OUT, LSE, DELTA, DK, DV, PARTIAL, DQ_SLOTS, ENTRIES, BEGIN, END, ENDS, START, LENGTH,
+    Q, K, V, D_OUT, LSE, DELTA, DK, DV, PARTIAL, DQ_SLOTS, ENTRIES, BEGIN, END, ENDS, PIECE, START, LENGTH,
     stride_t, stride_h, kv_stride_t, kv_stride_h, grad_stride_t, grad_stride_h, dk_stride_t,
-    first_head, group, num_tokens, num_blocks, scale, softmax_scale,
-    TILES: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, KEEP_DQ: tl.constexpr,
-    LISTS: tl.constexpr, INT: tl.constexpr, STAGES: tl.constexpr,
+    first_head, group, num_tokens, num_blocks, num_lists, scale, softmax_scale,
+    TILES: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, KEEP_DQ: tl.constexpr,
+    LISTS: tl.constexpr, LONG: tl.constexpr, INT: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    block, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    # LONG: what a list holds past its first SPLIT entries, SPLIT at a time, into sums that the other launch adds up in order.
+    tile = tl.program_id(0) % TILES
+    if LONG:
+        piece = tl.program_id(0) // TILES
+        is_there = piece < tl.load(ENDS + num_lists - 1)
+        which = tl.load(PIECE + piece, mask=is_there, other=0)
+        block, first_local, num_heads = which % num_blocks, which // num_blocks, 1
+    else:
+        is_there = True
+        block, first_local, num_heads = tl.program_id(0) // TILES, tl.program_id(1) * group, group
     start, length = tl.load(START + block), tl.load(LENGTH + block)
-    if tile * BK < length:
-        local_kv = tl.program_id(1)
-        kv_head = (first_head // group + local_kv).to(tl.int64)
+    if is_there & (tile * BK < length):
+        kv_head = ((first_head + first_local) // group).to(tl.int64)
         dims, rows, keys = tl.arange(0, D), tl.arange(0, BM), tl.arange(0, BK)
         key = tile * BK + keys
-        real = (key < length)[:, None]
         at = (start + tl.minimum(key, length - 1)).to(INT)[:, None] * kv_stride_t + dims[None, :]
         k, v = tl.load(K + kv_head * kv_stride_h + at), tl.load(V + kv_head * kv_stride_h + at)
         dk, dv = tl.zeros((BK, D), tl.float32), tl.zeros((BK, D), tl.float32)
-        for g in range(group):
-            local_head = (local_kv * group + g).to(tl.int64)
+        for g in range(num_heads):
+            local_head = (first_local + g).to(tl.int64)
             head = first_head + local_head
             q_head, do_head = Q + head * stride_h, D_OUT + head * grad_stride_h
             lse_head, delta_head = LSE + head * num_tokens, DELTA + head * num_tokens
-            for i in tl.range(tile * BK, length, BM, num_stages=1):
-                row = i + rows
-                token = (start + tl.minimum(row, length - 1)).to(INT)
-                dk, dv = _key_tile(
-                    q_head + token[:, None] * stride_t + dims[None, :], do_head + token[:, None] * grad_stride_t + dims[None, :],
-                    lse_head + token, delta_head + token, row < length, k, v, dk, dv, row, key, scale, DQ_SLOTS, True,
-                    KEEP_DQ,
-                )  # fmt: skip
+            if not LONG:
+                for i in tl.range(tile * BK, length, BM, num_stages=1):
+                    row = i + rows
+                    token = (start + tl.minimum(row, length - 1)).to(INT)
+                    dk, dv = _key_tile(
+                        q_head + token[:, None] * stride_t + dims[None, :], do_head + token[:, None] * grad_stride_t + dims[None, :],
+                        lse_head + token, delta_head + token, row < length, k, v, dk, dv, row, key, scale, DQ_SLOTS, True, KEEP_DQ,
+                    )  # fmt: skip
             if LISTS:
-                which = local_head * num_blocks + block
-                list_begin = tl.load(BEGIN + which)
-                count = tl.load(END + which) - list_begin
-                end = tl.where(count < SPLIT, count, SPLIT)  # not tl.minimum, after which 47 registers a tile spill (Triton 3.6)
+                listed = local_head * num_blocks + block
+                list_begin = tl.load(BEGIN + listed)
+                count = tl.load(END + listed) - list_begin
+                begin = (piece - tl.load(ENDS + listed) + (count + SPLIT - 1) // SPLIT) * SPLIT if LONG else 0
+                rest = count - begin
+                end = begin + tl.where(rest < SPLIT, rest, SPLIT)  # not tl.minimum, after which 47 registers a tile spill (Triton 3.6)
                 dk, dv = _list_tiles(
                     q_head, do_head, lse_head, delta_head, DQ_SLOTS + local_head * num_tokens * P * D, ENTRIES + list_begin,
-                    0, end, stride_t, grad_stride_t, k, v, dk, dv, scale, D, P, BM, KEEP_DQ, INT, STAGES,
+                    begin, end, stride_t, grad_stride_t, k, v, dk, dv, scale, D, P, BM, KEEP_DQ, INT, STAGES,
                 )  # fmt: skip
-                if count > SPLIT:
-                    pieces = (count - 1) // SPLIT
-                    first = (tl.load(ENDS + which) - pieces).to(tl.int64)
-                    for nth in range(pieces):
-                        partial = PARTIAL + ((first + nth) * TILES + tile) * (2 * BK * D) + keys[:, None] * D + dims[None, :]
-                        dk += tl.load(partial)
-                        dv += tl.load(partial + BK * D)
-        at = kv_head * D + (start + key).to(INT)[:, None] * dk_stride_t + dims[None, :]
-        tl.store(DK + at, (dk * softmax_scale).to(DK.dtype.element_ty), mask=real)
-        tl.store(DV + at, dv.to(DV.dtype.element_ty), mask=real)
+                if not LONG:  # noqa: SIM102 - of a constant, then of a tensor
+                    if count > SPLIT:
+                        pieces = (count - 1) // SPLIT
+                        first = (tl.load(ENDS + listed) - pieces).to(tl.int64)
+                        for nth in range(pieces):
+                            partial = PARTIAL + ((first + nth) * TILES + tile) * (2 * BK * D) + keys[:, None] * D + dims[None, :]
+                            dk += tl.load(partial)
+                            dv += tl.load(partial + BK * D)
+        if LONG:
+            partial = PARTIAL + tl.program_id(0).to(tl.int64) * (2 * BK * D) + keys[:, None] * D + dims[None, :]
+            tl.store(partial, dk)
+            tl.store(partial + BK * D, dv)
+        else:
+            at = kv_head * D + (start + key).to(INT)[:, None] * dk_stride_t + dims[None, :]
+            real = (key < length)[:, None]
+            tl.store(DK + at, (dk * softmax_scale).to(DK.dtype.element_ty), mask=real)
+            tl.store(DV + at, dv.to(DV.dtype.element_ty), mask=real)
 
 
 @triton.jit
@@ -166,12 +154,12 @@ def _query_tile(q, do, lse, delta, k, v, dq, scale, causal, OWN: tl.constexpr):
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 def _dq_past_kernel(
     Q, K, V, D_OUT, LSE, DELTA, DQ_SLOTS, ENTRIES, BEGIN, END, ENDS, PIECE, START,
     stride_t, stride_h, kv_stride_t, kv_stride_h, grad_stride_t, grad_stride_h,
     first_head, group, num_tokens, first_token, range_tokens, num_blocks, num_lists, scale,
-    B: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, INT: tl.constexpr, STAGES: tl.constexpr,
+    B: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, INT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if pid < tl.load(ENDS + num_lists - 1):
@@ -198,7 +186,7 @@ def _dq_past_kernel(
         tl.store(DQ_SLOTS + slot_base * D + entry[:, None] * D + dims[None, :], dq.to(q.dtype), mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 def _dq_own_kernel(
     Q, K, V, D_OUT, LSE, DELTA, DQ_SLOTS, DQ, START, LENGTH, DOC_FIRST,
     stride_t, stride_h, kv_stride_t, kv_stride_h, grad_stride_t, grad_stride_h, dq_stride_t,
@@ -251,27 +239,31 @@ def keys_gradient(
     """Fills dk and dv `[T, Hkv, D]` for the key/value heads of `heads`, and `dq_slots` `[heads, T, P, D]` where given."""
     num_tokens, num_heads, head_dim = q.shape
     group = num_heads // k.shape[1]
-    strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), d_out.stride(0), d_out.stride(1))
-    tile = tile_of("dk_dv", blocks.size)
+    on_hopper = is_hopper(q.device)
+    tile = tile_of("hopper_dk_dv" if on_hopper else "dk_dv", blocks.size)
     keys, tiles = tile.columns, blocks.size // tile.columns
-    tensors, numbers = (q, k, v, d_out, lse, delta), (heads.start, group, num_tokens, blocks.count)
-    split = SPLIT * max(1, num_past) * blocks.size * num_ranges  # so that the sums of long lists stay in the workspace too
-    sizes = {"TILES": tiles, "D": head_dim, "P": max(1, num_past), "BK": keys, "BM": tile.rows, "SPLIT": split,
-             "KEEP_DQ": dq_slots is not None}  # fmt: skip
-    how = {"INT": _offsets_of(q, k, d_out, dk, num_past), "STAGES": tile.stages, "warps": tile.warps}
+    # The sums of long lists stay in the workspace too; and few lists are so long that it pays to cut them.
+    split = max(SPLIT * max(1, num_past) * blocks.size * num_ranges, _LEAST_SPLIT)
     unread = lse  # stands for what a kernel is compiled not to read
-    slots = unread if dq_slots is None else dq_slots
-    partial, tables = unread, (unread, unread, unread, unread)
+    partial, tables, grids = unread, (unread,) * 5, {False: (blocks.count * tiles, len(heads) // group)}
     if lists is not None:
-        tables = (lists.entries, lists.edges[0], lists.edges[-1], unread)
+        tables = (lists.entries, lists.edges[0], lists.edges[-1], unread, unread)
         if split < min(num_tokens, lists.num_entries):  # otherwise no list is that long
             long = cut_lists(lists, split, skip=1)
             partial = torch.empty(long.bound * tiles, 2, keys, head_dim, device=q.device, dtype=torch.float32)
-            tables = (*tables[:3], long.ends)
-            args: tuple[Any, ...] = (*tensors, partial, slots, *tables, long.piece, blocks.start, *strides, *numbers, len(long.ends), scale)
-            launch(_dk_dv_long_kernel, (long.bound * tiles, 1), *args, **sizes, **how)
-    args = (*tensors, dk, dv, partial, slots, *tables, blocks.start, blocks.length, *strides, dk.stride(0), *numbers, scale, softmax_scale)
-    launch(_dk_dv_kernel, (blocks.count * tiles, len(heads) // group), *args, **sizes, LISTS=lists is not None, **how)
+            tables, grids = (*tables[:3], long.ends, long.piece), {True: (long.bound * tiles, 1), **grids}
+    slots = unread if dq_slots is None else dq_slots
+    args: tuple[Any, ...] = (q, k, v, d_out, lse, delta, dk, dv, partial, slots, *tables, blocks.start, blocks.length)
+    args += (q.stride(0), q.stride(1), k.stride(0), k.stride(1), d_out.stride(0), d_out.stride(1), dk.stride(0))
+    args += (heads.start, group, num_tokens, blocks.count, len(heads) * blocks.count, scale, softmax_scale)
+    sizes = {"TILES": tiles, "D": head_dim, "P": max(1, num_past), "BK": keys, "SPLIT": split, "KEEP_DQ": dq_slots is not None}
+    int_type = _offsets_of(q, k, d_out, dk, num_past)
+    for is_long, grid in grids.items():
+        switches = {"LISTS": lists is not None, "LONG": is_long, "INT": int_type}
+        if on_hopper:
+            launch(hopper.dk_dv_kernel, grid, *args, **sizes, **switches, warps=keys // 16)
+        else:
+            launch(_dk_dv_kernel, grid, *args, **sizes, **switches, BM=tile.rows, STAGES=tile.stages, warps=tile.warps)
 
 
 def queries_gradient(
@@ -286,14 +278,30 @@ def queries_gradient(
     if dq_slots is None:
         dq_slots = torch.empty(len(heads), len(queries), num_past, head_dim, device=q.device, dtype=q.dtype)
         if lists is not None:
-            tile = tile_of("dq_past", blocks.size)
+            on_hopper = is_hopper(q.device)
+            tile = tile_of("hopper_dq" if on_hopper else "dq_past", blocks.size)
             items = cut_lists(lists, tile.rows)
-            launch(
-                _dq_past_kernel, (items.bound, 1), q, k, v, d_out, lse, delta, dq_slots, lists.entries, lists.edges[0], lists.edges[-1],
-                items.ends, items.piece, blocks.start, *strides, heads.start, group, num_tokens, queries.start, len(queries), blocks.count,
-                len(items.ends), scale, B=blocks.size, D=head_dim, P=num_past, BM=tile.rows, BN=tile.columns, INT=int_type,
-                STAGES=tile.stages, warps=tile.warps,
-            )  # fmt: skip
+            args: tuple[Any, ...] = (
+                q,
+                k,
+                v,
+                d_out,
+                lse,
+                delta,
+                dq_slots,
+                lists.entries,
+                lists.edges[0],
+                lists.edges[-1],
+                items.ends,
+                items.piece,
+            )
+            args += (blocks.start, *strides, heads.start, group, num_tokens, queries.start, len(queries), blocks.count, len(items.ends))
+            sizes = {"B": blocks.size, "D": head_dim, "P": num_past, "BM": tile.rows, "INT": int_type}
+            if on_hopper:
+                launch(hopper.dq_past_kernel, (items.bound, 1), *args, scale, **sizes, warps=tile.warps)
+            else:
+                sizes |= {"BN": tile.columns, "STAGES": tile.stages}
+                launch(_dq_past_kernel, (items.bound, 1), *args, scale, **sizes, warps=tile.warps)
     tile = tile_of("dq_own", blocks.size)
     tiles = triton.cdiv(blocks.size, tile.rows)
     first_block, last_block = blocks.of(queries.start), blocks.of(queries.stop - 1)

@@ -12,11 +12,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from model.ops.moba.triton.index import Lists, cut_lists
-from model.ops.moba.triton.launch import launch
+from model.ops.moba.triton.launch import TABLES, launch
 from model.ops.moba.triton.plan import Blocks, offsets, tile_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 def _past_resident_kernel(
     Q, K, V, SLOTS, SLOT_LSE, ENTRIES, BEGIN, END, ENDS, PIECE, START, stride_t, stride_h, kv_stride_t, kv_stride_h,
     first_head, group, first_token, range_tokens, num_blocks, num_lists, scale,
@@ -51,7 +51,7 @@ def _past_resident_kernel(
             tl.store(SLOT_LSE + slot_base + entry, most + tl.log2(total), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 def _past_streaming_kernel(
     Q, K, V, SLOTS, SLOT_LSE, ENTRIES, BEGIN, END, ENDS, PIECE, START, stride_t, stride_h,
     first_head, group, first_token, range_tokens, num_blocks, num_lists, scale,
@@ -90,7 +90,7 @@ def _past_streaming_kernel(
         tl.store(SLOT_LSE + slot_base + entry, most + tl.log2(total), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 def _own_kernel(
     Q, K, V, SLOTS, SLOT_LSE, OUT, LSE, START, LENGTH, DOC_FIRST, stride_t, stride_h, kv_stride_t, kv_stride_h, out_stride_t,
     first_head, group, num_tokens, first_token, end_token, first_block, scale,

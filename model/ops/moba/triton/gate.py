@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.ops.moba.triton.launch import launch
+from model.ops.moba.triton.launch import TABLES, launch
 from model.ops.moba.triton.plan import Blocks, power_of_2, tile_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 def _means_kernel(
     K, HIGH, LOW, NORM, START, LENGTH, stride_t, stride_h, num_blocks, B: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
@@ -54,7 +54,7 @@ def block_means(k: Tensor, blocks: Blocks) -> Means:
     return means
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 def _gate_kernel(
     Q, HIGH, LOW, NORM, CHOSEN, START, LENGTH, DOC_FIRST, stride_t, stride_h, first_head, group, num_tokens, num_blocks,
     TILES: tl.constexpr, D: tl.constexpr, P: tl.constexpr, SLOTS: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,

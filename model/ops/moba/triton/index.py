@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.ops.moba.triton.launch import launch
+from model.ops.moba.triton.launch import TABLES, launch
 from model.ops.moba.triton.plan import Blocks, Schedule, power_of_2
 
 _NONE = tl.constexpr(0x7FFFFFFF)
@@ -38,7 +38,7 @@ def _join_runs(block_a, count_a, block_b, count_b):
     return block_b, tl.where(block_a == block_b, count_a + count_b, count_b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 def _count_kernel(
     CHOSEN, KEYS, COUNTS, num_tokens, num_blocks, num_chunks,
     P: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr,
@@ -53,7 +53,7 @@ def _count_kernel(
     tl.atomic_add(COUNTS + (head * num_blocks + (key >> BITS)) * num_chunks + chunk, 1, mask=key != _NONE, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 def _scatter_kernel(
     KEYS, COUNTS, ENDS, ENTRIES, EDGES, num_blocks, num_chunks, range_chunks,
     P: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr,
@@ -114,25 +114,25 @@ class Items:
 
 
 @triton.jit
-def _ends_kernel(BEGIN, END, ENDS, num_lists, SIZE: tl.constexpr, SKIP: tl.constexpr, STEP: tl.constexpr):
-    so_far = tl.zeros((), tl.int32)
-    for first in range(0, num_lists, STEP):
-        which = first + tl.arange(0, STEP)
-        inside = which < num_lists
-        count = tl.load(END + which, mask=inside, other=0) - tl.load(BEGIN + which, mask=inside, other=0)
-        pieces = tl.maximum((count + SIZE - 1) // SIZE - SKIP, 0)
-        tl.store(ENDS + which, so_far + tl.cumsum(pieces, 0), mask=inside)
-        so_far += tl.sum(pieces, 0)
+def _pieces_of(BEGIN, END, which, num_lists, SIZE: tl.constexpr, SKIP: tl.constexpr):
+    count = tl.load(END + which, mask=which < num_lists, other=0) - tl.load(BEGIN + which, mask=which < num_lists, other=0)
+    return tl.maximum((count + SIZE - 1) // SIZE - SKIP, 0)
 
 
-@triton.jit
-def _pieces_kernel(BEGIN, END, ENDS, PIECE, SIZE: tl.constexpr, SKIP: tl.constexpr, STEP: tl.constexpr):
-    which = tl.program_id(0)
-    pieces = tl.maximum((tl.load(END + which) - tl.load(BEGIN + which) + SIZE - 1) // SIZE - SKIP, 0)
-    first = tl.load(ENDS + which) - pieces
-    step = tl.arange(0, STEP)
-    for i in range(0, pieces, STEP):
-        tl.store(PIECE + first + i + step, tl.full((STEP,), 0, tl.int32) + which, mask=i + step < pieces)
+@triton.jit(do_not_specialize_on_alignment=TABLES)
+def _cut_kernel(BEGIN, END, ENDS, PIECE, num_lists, SIZE: tl.constexpr, SKIP: tl.constexpr, STEP: tl.constexpr, BEFORE: tl.constexpr):
+    # STEP lists a program, which counts the pieces of all lists before them for itself: one launch where a running sum would take two.
+    first = tl.program_id(0) * STEP
+    before = tl.zeros((BEFORE,), tl.int32)
+    for i in range(0, first, BEFORE):
+        which = i + tl.arange(0, BEFORE)
+        before += tl.where(which < first, _pieces_of(BEGIN, END, which, num_lists, SIZE, SKIP), 0)
+    which = first + tl.arange(0, STEP)
+    pieces = _pieces_of(BEGIN, END, which, num_lists, SIZE, SKIP)
+    end = tl.sum(before, 0) + tl.cumsum(pieces, 0)
+    tl.store(ENDS + which, end, mask=which < num_lists)
+    for i in range(tl.max(pieces, 0)):
+        tl.store(PIECE + end - pieces + i, which, mask=i < pieces)
 
 
 def cut_lists(lists: Lists, size: int, *, skip: int = 0) -> Items:
@@ -142,6 +142,6 @@ def cut_lists(lists: Lists, size: int, *, skip: int = 0) -> Items:
     bound = lists.num_entries // size + (0 if skip else num_lists)
     ends = torch.empty(num_lists, device=begin.device, dtype=torch.int32)
     piece = torch.empty(bound, device=begin.device, dtype=torch.int32)
-    launch(_ends_kernel, (1, 1), begin, end, ends, num_lists, SIZE=size, SKIP=skip, STEP=1024, warps=4)
-    launch(_pieces_kernel, (num_lists, 1), begin, end, ends, piece, SIZE=size, SKIP=skip, STEP=64, warps=1)
+    grid = (triton.cdiv(num_lists, 128), 1)
+    launch(_cut_kernel, grid, begin, end, ends, piece, num_lists, SIZE=size, SKIP=skip, STEP=128, BEFORE=1024, warps=4)
     return Items(ends=ends, piece=piece, bound=bound)

@@ -2,29 +2,25 @@
 
 from typing import Any
 
-from torch import Tensor
+# Parameters whose alignment no kernel is compiled for: parts of tables, which begin anywhere.
+TABLES = ("ENTRIES", "BEGIN", "END", "ENDS", "PIECE", "START", "LENGTH", "DOC_FIRST")
 
 _compiled: dict[tuple[Any, ...], Any] = {}
+_MOST = 4096  # numbers of blocks and lists differ from batch to batch of packed documents
 
 
 def launch(kernel: Any, grid: tuple[int, int], *args: Any, warps: int, **constants: Any) -> None:
     """Runs `kernel[grid](*args, **constants, num_warps=warps)` on the current device and stream.
 
-    `constants` are the kernel's last parameters, in their order. The first launch of a kind goes through Triton and compiles.
+    `constants` are the kernel's last parameters, in their order. Tensors that are none of `TABLES` begin on 16 bytes, and their dtypes
+    follow from that of the first argument. The first launch of a kind goes through Triton and compiles.
     """
-    first = next(arg for arg in args if isinstance(arg, Tensor))
-    key = (kernel.fn, warps, first.device, *constants.values(), *map(_specialisation, args))
+    numbers = [arg for arg in args if isinstance(arg, int | float)]
+    key = (kernel.fn, args[0].device, args[0].dtype, warps, *numbers, *constants.values())
     compiled = _compiled.get(key)  # none in Triton's interpreter, ever
-    if compiled is None:
-        _compiled[key] = kernel[grid](*args, **constants, num_warps=warps)
-    else:
+    if compiled is not None:
         compiled[(*grid, 1)](*args, *constants.values())
-
-
-def _specialisation(arg: Any) -> Any:
-    """What Triton compiles for: a tensor's dtype and whether it begins on 16 bytes, an integer's width and whether 1 or 16 divides it."""
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() % 16
-    if isinstance(arg, int):
-        return arg == 1, arg % 16 == 0, arg < 1 << 31
-    return getattr(arg, "block_shape", None) and (*arg.block_shape, arg.base.dtype)
+        return
+    if len(_compiled) >= _MOST:
+        _compiled.clear()
+    _compiled[key] = kernel[grid](*args, **constants, num_warps=warps)

@@ -15,7 +15,7 @@ from model.ops.moba.triton.backward import keys_gradient, output_dot_gradient, q
 from model.ops.moba.triton.forward import moba_forward
 from model.ops.moba.triton.gate import block_means, choose_blocks
 from model.ops.moba.triton.index import Lists, build_lists
-from model.ops.moba.triton.plan import Schedule, block_table, schedule
+from model.ops.moba.triton.plan import Schedule, block_table, keeps_dq, schedule
 
 
 def moba_triton(
@@ -30,17 +30,20 @@ def moba_triton(
     return torch.ops.moba.forward(q, k, v, cu_seqlens, block_size, topk, softmax_scale, workspace)[0]
 
 
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _aligned(x: Tensor) -> bool:
+    """Whether rows can be copied 16 bytes at a time, as far as Triton can tell: from strides that 16 divides."""
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:-1])
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)  # contiguous() would leave a dense one where it lies
 
 
 def _inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # Keys with heads side by side, as projections leave them, and rows on 16 bytes, which the copy engine asks for: others are copied.
-    as_is = k.stride() == v.stride() and k.stride()[1:] == (k.shape[-1], 1) and k.stride(0) * k.element_size() % 16 == 0
-    aligned = k.data_ptr() % 16 == v.data_ptr() % 16 == 0
-    if not (as_is and aligned):
-        k, v = (x.clone(memory_format=torch.contiguous_format) for x in (k, v))  # contiguous() would leave a dense one where it lies
-    return _dense_rows(q), k, v
+    # Keys and values alike, with heads side by side, as projections leave them: the copy engine asks for that. Others are copied.
+    if not (_aligned(k) and _aligned(v) and k.stride() == v.stride() and k.stride(1) == k.shape[-1]):
+        k, v = _copy(k), _copy(v)
+    return q if _aligned(q) else _copy(q), k, v
 
 
 def _schedule(q: Tensor, k: Tensor, cu_seqlens: Tensor, block_size: int, topk: int, workspace: int) -> Schedule:
@@ -105,7 +108,7 @@ def _backward(
     cut = _schedule(q, k, cu_seqlens, block_size, topk, workspace)
     blocks = block_table(_bounds(q, cu_seqlens), block_size, cut.num_slots, q.device)
     num_past = min(cut.num_slots, blocks.max_past)
-    d_out = _dense_rows(d_out)
+    d_out = d_out if _aligned(d_out) else _copy(d_out)
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
     delta = output_dot_gradient(out, d_out)
     scales = {"scale": softmax_scale / math.log(2), "softmax_scale": softmax_scale}
@@ -117,7 +120,8 @@ def _backward(
             num_lists = cut.heads * blocks.count
             rows = edges[g, : (cut.num_ranges + 1) * num_lists].view(cut.num_ranges + 1, num_lists)
             lists = Lists(entries=entries[g], edges=rows, num_entries=cut.heads * blocks.num_pairs[num_past])
-            if block_size <= 128 and cut.num_ranges == 1:  # all of a block's keys in one tile: dQ's part of it is whole
+            # All of a block's keys in one tile: dQ's part of it is whole.
+            if cut.num_ranges == 1 and keeps_dq(block_size, q.device):
                 slots = q.new_empty(cut.heads, num_tokens, num_past, q.shape[-1])
         keys_gradient(q, k, v, d_out, lse, delta, dk, dv, slots, lists=lists, num_ranges=cut.num_ranges, **sizes)
         for r, queries in enumerate(_ranges(cut, num_tokens)):

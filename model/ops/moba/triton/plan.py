@@ -103,6 +103,17 @@ def schedule(
                     tokens=-(-in_range // chunk) * chunk, num_ranges=ranges)  # fmt: skip
 
 
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether warp groups multiply (wgmma, compute capability 9.0)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def keeps_dq(block_size: int, device: torch.device) -> bool:
+    """Whether the pass over keys leaves dQ on its way: a block's keys are one tile, and registers suffice."""
+    return block_size == 128 if is_hopper(device) else block_size <= 128
+
+
 def offsets(*sizes: int) -> tl.dtype:
     """The integer type that reaches every element of the views of these sizes: narrow where it can be, since offsets live in registers."""
     return tl.int32 if max(sizes) < 1 << 31 else tl.int64
@@ -125,11 +136,16 @@ class Tile:
 
 # By kernel, for blocks of at least so many tokens: measured on one H200 at D = 128, see README.md.
 _TILES = {
-    "gate": {64: Tile(rows=128, columns=64, stages=2, warps=4)},
+    "gate": {
+        64: Tile(rows=128, columns=64, stages=2, warps=8),
+        256: Tile(rows=128, columns=64, stages=2, warps=4),
+    },
     "past": {
         64: Tile(rows=64, columns=64, stages=3, warps=4),
         2048: Tile(rows=128, columns=128, stages=3, warps=8),
     },
+    "hopper_dk_dv": {64: Tile(rows=64, columns=128, stages=2, warps=8)},  # half the warps with 64 columns
+    "hopper_dq": {64: Tile(rows=64, columns=64, stages=2, warps=4)},
     "own": {64: Tile(rows=64, columns=64, stages=3, warps=4)},
     "dk_dv": {
         64: Tile(rows=64, columns=128, stages=2, warps=8),
