@@ -38,11 +38,19 @@ def remarks(compiled, tmp_path):
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-@pytest.mark.parametrize("head_dim, block_size, is_long", [(128, 128, False), (128, 512, True), (64, 64, False), (64, 192, True)])
+@pytest.mark.parametrize("head_dim, block_size, is_long", [(128, 128, False), (128, 512, True), (64, 64, None), (64, 192, True)])
 def test_dk_dv_compiles(head_dim, block_size, is_long, tmp_path):
+    """`is_long` None: without lists."""
     tile = tile_of("hopper_dk_dv", block_size)
-    constants = {"TILES": block_size // tile.columns, "D": head_dim, "P": 7, "BK": tile.columns, "SPLIT": 8192, "LISTS": True}
-    constants |= {"LONG": is_long, "KEEP_DQ": block_size == 128, "INT": tl.int64 if is_long else tl.int32}
+    constants = {
+        "TILES": block_size // tile.columns,
+        "D": head_dim,
+        "P": 7,
+        "BK": tile.columns,
+        "SPLIT": 8192,
+        "LISTS": is_long is not None,
+    }
+    constants |= {"LONG": bool(is_long), "KEEP_DQ": block_size == 128, "INT": tl.int64 if is_long else tl.int32}
     check(compile_for_hopper(hopper.dk_dv_kernel, tile.columns // 16, constants), tmp_path)
 
 

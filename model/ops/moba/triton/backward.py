@@ -244,10 +244,10 @@ def keys_gradient(
     keys, tiles = tile.columns, blocks.size // tile.columns
     # The sums of long lists stay in the workspace too; and few lists are so long that it pays to cut them.
     split = max(SPLIT * max(1, num_past) * blocks.size * num_ranges, _LEAST_SPLIT)
-    unread = lse  # stands for what a kernel is compiled not to read
-    partial, tables, grids = unread, (unread,) * 5, {False: (blocks.count * tiles, len(heads) // group)}
+    unread, no_table = lse, blocks.start  # stand for what a kernel is compiled not to read
+    partial, tables, grids = unread, (no_table,) * 5, {False: (blocks.count * tiles, len(heads) // group)}
     if lists is not None:
-        tables = (lists.entries, lists.edges[0], lists.edges[-1], unread, unread)
+        tables = (lists.entries, lists.edges[0], lists.edges[-1], no_table, no_table)
         if split < min(num_tokens, lists.num_entries):  # otherwise no list is that long
             long = cut_lists(lists, split, skip=1)
             partial = torch.empty(long.bound * tiles, 2, keys, head_dim, device=q.device, dtype=torch.float32)
