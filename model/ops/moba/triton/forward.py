@@ -42,11 +42,11 @@ def _past_resident_kernel(
             inside = i + rows < count
             entry = tl.load(entries + i + rows, mask=inside, other=0).to(INT)
             q = tl.load(Q + head * stride_h + (entry // P)[:, None] * stride_t + dims[None, :])
-            score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-            most = tl.max(score, 1)
-            p = tl.exp2(score - most[:, None])
+            score = tl.dot(q, tl.trans(k), input_precision="ieee")
+            most = tl.max(score, 1) * scale
+            p = tl.exp2(score * scale - most[:, None])  # one instruction beside the exponential
             total = tl.sum(p, 1)
-            out = tl.dot(p.to(v.dtype), v, input_precision="ieee") / total[:, None]
+            out = tl.dot(p.to(v.dtype), v, input_precision="ieee") * (1 / total)[:, None]
             tl.store(SLOTS + slot_base * D + entry[:, None] * D + dims[None, :], out.to(SLOTS.dtype.element_ty), mask=inside[:, None])
             tl.store(SLOT_LSE + slot_base + entry, most + tl.log2(total), mask=inside)
 
@@ -77,15 +77,15 @@ def _past_streaming_kernel(
         for j in tl.range(0, B, BN, num_stages=STAGES):
             k = K.load([start + j, column])
             v = V.load([start + j, column])
-            score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-            new_most = tl.maximum(most, tl.max(score, 1))
-            p = tl.exp2(score - new_most[:, None])
+            score = tl.dot(q, tl.trans(k), input_precision="ieee")
+            new_most = tl.maximum(most, tl.max(score, 1) * scale)
+            p = tl.exp2(score * scale - new_most[:, None])
             shrink = tl.exp2(most - new_most)
             total = total * shrink + tl.sum(p, 1)
             out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
             most = new_most
         slot_base = (local_head * range_tokens - first_token) * P
-        out = (out / total[:, None]).to(SLOTS.dtype.element_ty)
+        out = (out * (1 / total)[:, None]).to(SLOTS.dtype.element_ty)
         tl.store(SLOTS + slot_base * D + entry[:, None] * D + dims[None, :], out, mask=inside[:, None])
         tl.store(SLOT_LSE + slot_base + entry, most + tl.log2(total), mask=inside)
 
@@ -116,10 +116,10 @@ def _own_kernel(
             key = j + keys
             at = (start + tl.minimum(key, last)).to(INT)[:, None] * kv_stride_t + dims[None, :]
             k, v = tl.load(K + kv_head + at), tl.load(V + kv_head + at)
-            score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            score = tl.dot(q, tl.trans(k), input_precision="ieee")
             score = tl.where(row[:, None] >= key[None, :], score, float("-inf"))
-            new_most = tl.maximum(most, tl.max(score, 1))
-            p = tl.exp2(score - new_most[:, None])
+            new_most = tl.maximum(most, tl.max(score, 1) * scale)
+            p = tl.exp2(score * scale - new_most[:, None])
             shrink = tl.exp2(most - new_most)
             total = total * shrink + tl.sum(p, 1)
             out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
@@ -136,7 +136,7 @@ def _own_kernel(
             out = out * shrink[:, None] + partial * weight[:, None]
             most = new_most
         at = head * D + token[:, None] * out_stride_t + dims[None, :]
-        tl.store(OUT + at, (out / total[:, None]).to(OUT.dtype.element_ty), mask=inside[:, None])
+        tl.store(OUT + at, (out * (1 / total)[:, None]).to(OUT.dtype.element_ty), mask=inside[:, None])
         tl.store(LSE + head * num_tokens + token, most + tl.log2(total), mask=inside)
 
 
