@@ -337,6 +337,24 @@ def test_non_finite_values_stay_in_their_document(block_size, target):
         assert torch.equal(after[name][:90], value[:90]) and torch.equal(after[name][140:], value[140:]), name
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e-25])
+@pytest.mark.parametrize("num_blocks", [9, 20, 40])
+def test_whatever_the_scores_past_blocks_alone_are_chosen(num_blocks, value, target):
+    """Also where columns of a tile of the gate lie past the end: a block id of another document would read and write anywhere."""
+    bounds = [0, num_blocks * 64 + 10, num_blocks * 64 + 100]
+    q, k, *_ = target.inputs(bounds[-1], 1, 1, 64, seed=85)
+    q, k = q.detach().clone(), k.detach().clone()
+    if value < 1:
+        q, k = value * q, value * k
+    else:
+        q[::3, :, 5] = value
+        k[128:256, :, 7] = k[300:310] = value
+    chosen = kernel_choice(q, k, bounds=bounds, block_size=64, topk=9)
+    own = torch.tensor([i // 64 for length in (bounds[1], 90) for i in range(length)], device=target.device)[:, None, None]
+    taken = is_chosen(chosen, num_blocks + 2)
+    assert (chosen < own).all() and torch.equal(taken.sum(-1), own[..., 0].clamp(max=8).expand(-1, 1))
+
+
 @pytest.mark.parametrize("block_size", [64, 192])
 def test_runs_repeat_to_the_bit(block_size, target):
     torch.use_deterministic_algorithms(False)  # as a user runs it
@@ -398,13 +416,15 @@ def test_block_that_all_choose_and_blocks_that_none_does(case, target, monkeypat
         assert torch.equal(everything[name][never_chosen], own_alone[name][never_chosen]), name
 
 
-@pytest.mark.parametrize("block_size", [64, 192])
-def test_groups_of_heads_give_the_same_bits(block_size, target):
-    inputs = target.inputs(300, 2, 2, 64, seed=76)
-    run = partial(moba, bounds=[0, 300], block_size=block_size, topk=2)
+# With 1024 tokens the second group's lists begin on no 16 bytes.
+@pytest.mark.parametrize("num_tokens, block_size", [(300, 64), (300, 192), (1024, 64)])
+def test_groups_of_heads_give_the_same_bits(num_tokens, block_size, target):
+    inputs = target.inputs(num_tokens, 2, 2, 64, seed=76)
+    run = partial(moba, bounds=[0, num_tokens], block_size=block_size, topk=2)
     expected = forward_backward(run, inputs)
-    workspace = 300 * (64 * inputs[0].element_size() + 8 * 64 // plan.SPLIT)  # what one of the two heads needs
-    cut = plan.schedule((300, 2, 64), 2, inputs[0].element_size(), num_docs=1, block_size=block_size, topk=2, workspace=workspace)
+    workspace = num_tokens * (64 * inputs[0].element_size() + 8 * 64 // plan.SPLIT)  # what one of the two heads needs
+    sizes = {"num_docs": 1, "block_size": block_size, "topk": 2, "workspace": workspace}
+    cut = plan.schedule((num_tokens, 2, 64), 2, inputs[0].element_size(), **sizes)
     assert (cut.num_groups, cut.num_ranges) == (2, 1)
     assert_same_bits(forward_backward(partial(run, workspace=workspace), inputs), expected)
 

@@ -25,15 +25,19 @@ def _means_kernel(
         total += tl.load(K + tokens[:, None] * stride_t + head * stride_h + dims[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
     mean = tl.sum(total, 0) / length
     high = mean.to(HIGH.dtype.element_ty)
+    low = (mean - high.to(tl.float32)).to(LOW.dtype.element_ty)
+    kept = high.to(tl.float32) + low.to(tl.float32)
+    norm = tl.sqrt(tl.sum(kept * kept, 0)) + 2e-18  # a sum of squares that underflows is no zero
+    is_finite = norm < float("inf")
     at = (head * num_blocks + block) * D + dims
-    tl.store(HIGH + at, high)
-    tl.store(LOW + at, (mean - high.to(tl.float32)).to(LOW.dtype.element_ty))
-    tl.store(NORM + head * num_blocks + block, tl.sqrt(tl.sum(mean * mean, 0)))
+    tl.store(HIGH + at, tl.where(is_finite, high, 0.0))
+    tl.store(LOW + at, tl.where(is_finite, low, 0.0))
+    tl.store(NORM + head * num_blocks + block, tl.where(is_finite, norm, 0.0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Means:
-    """The mean key of each block and key/value head."""
+    """The mean key of each block and key/value head; zeros where it is not finite, so that every score is."""
 
     high: Tensor
     """In k's dtype `[Hkv, N, D]`."""
@@ -86,7 +90,9 @@ def _gate_kernel(
         longest = tl.zeros((128,), tl.float32)
         for first in range(doc_first, block, 128):
             longest = tl.maximum(longest, tl.load(NORM + means + first + step, mask=first + step < block, other=0.0))
-        most = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)) * (1.01 * tl.max(longest, 0))  # no score is as large
+        q_norm = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)) + 2e-18
+        most = q_norm * (1.01 * tl.max(longest, 0))  # no score is as large
+        q = tl.where((most < float("inf"))[:, None], q, 0.0)  # a score that is not finite could outrank what marks the end
         exponent = tl.maximum(most, 1e-30).to(tl.int32, bitcast=True) >> 23
         scale = ((127 + 22 + 126 - exponent) << 23).to(tl.float32, bitcast=True)  # 2^22 over the next power of two, exactly
         best = tl.where(slot[None, :] < P, -2147483648, 2147483647) + tl.zeros((BQ, SLOTS), tl.int32)
@@ -122,9 +128,9 @@ def _gate_kernel(
 def choose_blocks(q: Tensor, means: Means, blocks: Blocks, *, heads: range, group: int, num_past: int) -> Tensor:
     """Global ids of the chosen past blocks of `heads`: int32 `[heads, T, P]`, in no order, then -1 where there are fewer.
 
-    Scores are fp32 sums of products with the two halves of the mean, rounded to 2**-22 of the largest that the query's past means could
-    give: the choice is that of exact arithmetic except where two scores differ by less than 2**-16 of ‖q‖·‖mean‖, with the longest mean of
-    the query's past as far as it is more than 2**5 times as long as these. Ties go to the lower block.
+    Scores are fp32 sums of products with the two halves of the mean, rounded to steps of at most 2**-20 of ‖q‖ times the longest of the
+    query's past means: the choice is that of exact arithmetic except where two scores differ by less than such a step and 2**-17 of
+    ‖q‖·‖mean‖ (in fp16, whose halves end at 2**-25, also 2**-25 of the sum of |q|). Ties go to the lower block.
     """
     num_tokens, _, head_dim = q.shape
     chosen = torch.empty(len(heads), num_tokens, num_past, device=q.device, dtype=torch.int32)

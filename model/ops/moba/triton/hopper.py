@@ -145,12 +145,13 @@ def _sum_over_queries(
             dq = warpgroup_mma(
                 ds_smem.permute((1, 0)), k_smem, gl.zeros((ROWS, D), gl.float32, layout=query_sums), use_acc=False, is_async=True
             )
-    async_copy.wait_group(0)
     if KEEP_DQ:
         dk, dv, dq = warpgroup_mma_wait(0, deps=[dk, dv, dq])
+        _landed()
         _store_queries(DQ_SLOTS, dq, codes.index(before), q_smem.dtype, D, INT, WARPS)
     else:
         dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
+        _landed()  # nobody reads or fills what the caller's conversions write over
     return dk, dv
 
 
@@ -305,11 +306,12 @@ def dq_past_kernel(
         async_copy.async_copy_global_to_shared(v_smem.index(then), V + kv_at, mask=more)
         async_copy.commit_group()
         s = warpgroup_mma_wait(1, deps=[s])
-        if scale > 0:  # always: a branch, over which ptxas does not lift the wait for `dp`
+        if scale >= 0:  # always: a branch, over which ptxas does not lift the wait for `dp`
             s = gl.exp2(s * scale - lse)
         dp = warpgroup_mma_wait(0, deps=[dp])
         ds = s * (dp - delta)
         dq = warpgroup_mma(gl.convert_layout(ds.to(dtype), operand), k, dq, is_async=True)
     dq = warpgroup_mma_wait(0, deps=[dq])
+    _landed()  # nobody reads or fills what the conversion writes over
     slots = DQ_SLOTS + (local_head * range_tokens - first_token) * P * D
     gl.store(slots + entry[:, None] * D + dims, gl.convert_layout(dq.to(dtype), rows), mask=(begin + row < count)[:, None])

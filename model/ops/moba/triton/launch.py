@@ -3,7 +3,7 @@
 from typing import Any
 
 # Parameters whose alignment no kernel is compiled for: parts of tables, which begin anywhere.
-TABLES = ("ENTRIES", "BEGIN", "END", "ENDS", "PIECE", "START", "LENGTH", "DOC_FIRST")
+TABLES = ("ENTRIES", "EDGES", "BEGIN", "END", "ENDS", "PIECE", "START", "LENGTH", "DOC_FIRST")
 
 _compiled: dict[tuple[Any, ...], Any] = {}
 _MOST = 4096  # numbers of blocks and lists differ from batch to batch of packed documents

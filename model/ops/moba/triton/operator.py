@@ -104,6 +104,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq `[T, Hq, D]`, dk and dv `[T, Hkv, D]`."""
     q, k, v = _inputs(q, k, v)
+    out = out if _aligned(out) else _copy(out)  # what hooks on saved tensors make of it lies anywhere
     num_tokens = len(q)
     cut = _schedule(q, k, cu_seqlens, block_size, topk, workspace)
     blocks = block_table(_bounds(q, cu_seqlens), block_size, cut.num_slots, q.device)
@@ -154,9 +155,13 @@ _LIBRARY = torch.library.Library("moba", "DEF")
 
 
 def _register(run: Callable, shapes: Callable, differentiate: Callable, save: Callable | None = None) -> None:
+    def run_there(q: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        with torch.cuda.device_of(q):  # kernels are launched on the current device
+            return run(q, *args)
+
     name = run.__name__.removeprefix("_")
     _LIBRARY.define(name + torch.library.infer_schema(run, mutates_args=()))
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, run_there, "CompositeExplicitAutograd")
     torch.library.register_fake(f"moba::{name}", shapes, lib=_LIBRARY)
     torch.library.register_autograd(f"moba::{name}", differentiate, setup_context=save, lib=_LIBRARY)
 
