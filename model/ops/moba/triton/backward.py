@@ -227,7 +227,7 @@ def output_dot_gradient(out: Tensor, d_out: Tensor) -> Tensor:
     num_tokens, num_heads, head_dim = out.shape
     delta = torch.empty(num_heads, num_tokens, device=out.device, dtype=torch.float32)
     strides = (out.stride(0), d_out.stride(0), d_out.stride(1))
-    grid = (triton.cdiv(num_tokens, 64), num_heads)
+    grid = (-(-num_tokens // 64), num_heads)
     launch(_delta_kernel, grid, out, d_out, delta, num_tokens, *strides, D=head_dim, ROWS=64, warps=4)
     return delta
 
@@ -303,7 +303,7 @@ def queries_gradient(
                 sizes |= {"BN": tile.columns, "STAGES": tile.stages}
                 launch(_dq_past_kernel, (items.bound, 1), *args, scale, **sizes, warps=tile.warps)
     tile = tile_of("dq_own", blocks.size)
-    tiles = triton.cdiv(blocks.size, tile.rows)
+    tiles = -(-blocks.size // tile.rows)
     first_block, last_block = blocks.of(queries.start), blocks.of(queries.stop - 1)
     launch(
         _dq_own_kernel, ((last_block - first_block + 1) * tiles, len(heads)), q, k, v, d_out, lse, delta, dq_slots, dq, blocks.start,

@@ -176,7 +176,7 @@ def moba_forward(
             args = (q, describe(k, tile.columns), describe(v, tile.columns), slots, slot_lse, *tables, *strides[:2], *numbers)
             launch(_past_streaming_kernel, (items.bound, 1), *args, **sizes, BN=tile.columns, **how)
     tile = tile_of("own", blocks.size)
-    tiles = triton.cdiv(blocks.size, tile.rows)
+    tiles = -(-blocks.size // tile.rows)
     first_block, last_block = blocks.of(queries.start), blocks.of(queries.stop - 1)
     launch(
         _own_kernel, ((last_block - first_block + 1) * tiles, len(heads)), q, k, v, slots, slot_lse, out, lse, blocks.start, blocks.length,

@@ -136,7 +136,7 @@ def choose_blocks(q: Tensor, means: Means, blocks: Blocks, *, heads: range, grou
     chosen = torch.empty(len(heads), num_tokens, num_past, device=q.device, dtype=torch.int32)
     tile = tile_of("gate", blocks.size)
     rows = min(tile.rows, power_of_2(blocks.size))
-    tiles = triton.cdiv(blocks.size, rows)
+    tiles = -(-blocks.size // rows)
     columns = max(16, min(tile.columns, power_of_2(blocks.max_past)))
     launch(
         _gate_kernel, (blocks.count * tiles, len(heads)), q, means.high, means.low, means.norm, chosen, blocks.start, blocks.length,

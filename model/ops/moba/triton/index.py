@@ -87,7 +87,7 @@ def build_lists(chosen: Tensor, blocks: Blocks, cut: Schedule, entries: Tensor, 
     """Sorts `chosen`, int32 `[H, T, P]` of global block ids or -1, by (head, block), into `entries` and the head of `edges`."""
     num_heads, num_tokens, num_past = chosen.shape
     slots = power_of_2(num_past)
-    num_chunks = triton.cdiv(num_tokens, cut.chunk)
+    num_chunks = -(-num_tokens // cut.chunk)
     num_lists = num_heads * blocks.count
     bits = (cut.chunk * slots - 1).bit_length()
     keys = torch.empty(num_heads, num_chunks, cut.chunk * slots, device=chosen.device, dtype=torch.int32)
@@ -142,6 +142,6 @@ def cut_lists(lists: Lists, size: int, *, skip: int = 0) -> Items:
     bound = lists.num_entries // size + (0 if skip else num_lists)
     ends = torch.empty(num_lists, device=begin.device, dtype=torch.int32)
     piece = torch.empty(bound, device=begin.device, dtype=torch.int32)
-    grid = (triton.cdiv(num_lists, 128), 1)
+    grid = (-(-num_lists // 128), 1)
     launch(_cut_kernel, grid, begin, end, ends, piece, num_lists, SIZE=size, SKIP=skip, STEP=128, BEFORE=1024, warps=4)
     return Items(ends=ends, piece=piece, bound=bound)
