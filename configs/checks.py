@@ -1,5 +1,7 @@
 """Checks that need two objects of a run, or the world it runs in; every message holds both numbers."""
 
+import math
+
 from configs.schema import ConfigError, RunConfig, StageConfig
 
 
@@ -12,10 +14,13 @@ def check_run(run: RunConfig, *, world_size: int) -> None:
 def check_stage(run: RunConfig, stage: StageConfig, index: int, world_size: int) -> None:
     """One stage of `check_run`."""
     key = f"stages.{index}"
-    if stage.seq_len > run.model.max_seq_len:
+    max_seq_len = run.model.max_seq_len
+    reach = stage.rope.reach(max_seq_len)
+    if stage.seq_len > reach:
+        scaled = f", which {key}.rope.scaling={stage.rope.scaling.value} takes to {reach}" if reach > max_seq_len else ""
         raise ConfigError(
-            f"{key}.seq_len={stage.seq_len}: is beyond the positions RoPE is set up for, model.max_seq_len={run.model.max_seq_len}; "
-            "raise that or shorten the rows"
+            f"{key}.seq_len={stage.seq_len}: is beyond the positions RoPE is set up for, model.max_seq_len={max_seq_len}{scaled}; "
+            f"shorten the rows, set {key}.rope.scaling and a factor of {math.ceil(stage.seq_len / max_seq_len)}, or raise max_seq_len"
         )
     together = world_size * run.parallel.micro_batch_rows
     if stage.rows % together != 0:

@@ -38,6 +38,16 @@ class AttentionBackend(Enum):
     TRITON = "triton"
 
 
+class RopeScaling(Enum):
+    """How RoPE's frequencies are stretched beyond the length they were trained at; the formulas are in `model.rope`."""
+
+    NONE = "none"
+    LINEAR = "linear"
+    NTK = "ntk"
+    YARN = "yarn"
+    LLAMA3 = "llama3"
+
+
 class ScheduleKind(Enum):
     """Shape of the learning rate over the run's tokens, after a linear warm-up."""
 
@@ -142,7 +152,7 @@ class ModelConfig:
     ffn_size: int = 704
     """Inner width of the SwiGLU feed-forward."""
     max_seq_len: int = 8192
-    """Positions that RoPE is meant for, in tokens: no row and no generation may be longer."""
+    """Positions that RoPE is meant for, in tokens; rows and generation may be longer only as far as `RopeConfig.reach` says."""
     norm_eps: float = 1e-5
     """Added to the mean square inside RMSNorm."""
     tie_embeddings: bool = True
@@ -163,15 +173,64 @@ class ModelConfig:
         _require(self.init_std > 0, "init_std", self.init_std, "must be positive")
 
 
+# Fields of RopeConfig that a form of scaling reads, besides theta.
+_ROPE_FIELDS = {
+    RopeScaling.NONE: (),
+    RopeScaling.LINEAR: ("factor",),
+    RopeScaling.NTK: ("factor",),
+    RopeScaling.YARN: ("factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor"),
+    RopeScaling.LLAMA3: ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary positions."""
+    """Rotary positions. A field that the chosen scaling does not read must be left at its default."""
 
     theta: float = 10000.0
     """Base of the rotation frequencies."""
+    scaling: RopeScaling = RopeScaling.NONE
+    """none, linear (position interpolation), ntk (NTK-aware change of base), yarn or llama3 (as Llama 3.1)."""
+    factor: float = 1.0
+    """How many times further positions reach; above 1, for every scaling but none."""
+    original_max_seq_len: int = 0
+    """Tokens that the frequencies were trained at before any scaling, for yarn and llama3."""
+    beta_fast: float = 32.0
+    """Turns over original_max_seq_len from which a frequency keeps its speed, for yarn."""
+    beta_slow: float = 1.0
+    """Turns over original_max_seq_len below which a frequency is divided by factor, for yarn."""
+    attention_factor: float = 0.0
+    """What cos and sin are multiplied by, for yarn; 0: 0.1 ln(factor) + 1."""
+    low_freq_factor: float = 1.0
+    """Turns over original_max_seq_len below which a frequency is divided by factor, for llama3."""
+    high_freq_factor: float = 4.0
+    """Turns over original_max_seq_len from which a frequency keeps its speed, for llama3."""
 
     def __post_init__(self) -> None:
         _require(self.theta > 1, "theta", self.theta, "must be greater than 1")
+        used = _ROPE_FIELDS[self.scaling]
+        for key in dict.fromkeys(key for keys in _ROPE_FIELDS.values() for key in keys if key not in used):
+            value = getattr(self, key)
+            _require(value == getattr(RopeConfig, key), key, value, f"scaling={self.scaling.value} has no use for it; leave it out")
+        if "factor" in used:
+            _require(self.factor > 1, "factor", self.factor, f"must be greater than 1 for scaling={self.scaling.value}")
+        if "original_max_seq_len" in used:
+            _at_least(self, 1, "original_max_seq_len")
+        _at_least(self, 0, "attention_factor")
+        for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
+            slower, faster = getattr(self, low), getattr(self, high)
+            _require(slower > 0, low, slower, "must be positive")
+            _require(faster > slower, high, faster, f"must be greater than {low}={slower}")
+
+    def reach(self, max_seq_len: int) -> int:
+        """Tokens that these positions are good for in a model whose unscaled ones are meant for `max_seq_len`.
+
+        yarn and llama3 say themselves what they stretch. Both kinds of released files are then right: those that count the
+        stretched length as the model's own (Llama 3.1: 131072, and 8 x 8192 is less) and those that do not (Qwen2.5).
+        """
+        if self.original_max_seq_len:
+            return max(max_seq_len, int(self.original_max_seq_len * self.factor))
+        return int(max_seq_len * self.factor)
 
 
 @dataclass(frozen=True, kw_only=True)

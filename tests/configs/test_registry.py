@@ -132,7 +132,7 @@ def test_stages_of_a_file_have_the_attention_of_the_run(configs):
         ("~attention", r"^~attention: must be key=value$"),
         ("model@other=tiny", r"^model@other=tiny: must be key=value$"),
         ("=5", r"^=5: must be key=value$"),
-        ("rope=null", r"^rope=None: must be a mapping with keys theta$"),
+        ("rope=null", r"^rope=None: must be a mapping with keys theta, scaling"),
         ("seed=1e30", r"^seed=1000000000000000019884624838656: must be below 2\^63$"),
         ("experiment=quikstart", r"^experiment=quikstart: no such config, did you mean 'quickstart'\?; accepted: quickstart"),
         ("model=huge", r"^model=huge: no such config; accepted: .*tiny"),
