@@ -491,6 +491,9 @@ class RunConfig:
     """Seeds initialisation and the order of documents."""
     device: Device = Device.AUTO
     """auto, cpu or cuda."""
+    init_from: str = ""
+    """Weights that the run begins with, and their model and rope: a folder of `scripts.convert from_hf`, a checkpoint or a run's folder;
+    empty draws new ones."""
     resume: str = "auto"
     """auto (newest valid checkpoint of run_dir, else start), never (run_dir must hold no checkpoint), or a checkpoint's path."""
     max_steps: int = 0
@@ -573,6 +576,23 @@ class EvaluateConfig:
             _require(context >= 1, "contexts", context, "must be at least 1")
         _at_least(self, 0, "max_documents", "min_document_tokens", "max_document_tokens")
         _require(self.max_document_tokens != 1, "max_document_tokens", 1, "must be 0 or at least 2 (the first token is not scored)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """`scripts.convert`: weights from and to Hugging Face."""
+
+    source: str = ""
+    """The first path: what is read."""
+    target: str = ""
+    """The second path: the folder that is made."""
+    shard_bytes: int = 5_000_000_000
+    """Weights of more bytes are written in several files, each of at most so many (or one tensor)."""
+
+    def __post_init__(self) -> None:
+        for key, what in (("source", "a folder to read"), ("target", "a folder to make")):
+            _require(bool(getattr(self, key)), key, repr(getattr(self, key)), f"must be {what}")
+        _at_least(self, 1, "shard_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,9 +22,10 @@ from configs.schema import ConfigError, RunConfig
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What makes a run the run it is; everything else may change between two launches of it.
-_IDENTITY = ("seed", "model", "stages", "optim")
+_IDENTITY = ("seed", "init_from", "model", "stages", "optim")
 _PACKAGES = ("torch", "deepspeed", "triton", "hydra-core", "datasets", "transformers", "safetensors", "sentencepiece", "numpy", "wandb")
 
 
@@ -70,7 +72,7 @@ def _check_owner(folder: Path, run: RunConfig) -> None:
     if not any((folder / CHECKPOINTS).glob("step_*")):
         return  # a run that came to nothing may start again with other settings
     try:
-        before = dict(json.loads(file.read_text()))
+        before = {"init_from": "", **json.loads(file.read_text())}
     except (ValueError, TypeError):
         raise ConfigError(f"run_dir={folder}: {CONFIG_FILE} is damaged; choose another folder") from None
     now = to_mapping(run)
@@ -79,6 +81,29 @@ def _check_owner(folder: Path, run: RunConfig) -> None:
         if difference:
             where, old, new = difference
             raise ConfigError(f"run_dir={folder}: belongs to another run: {where} is {old} there and {new} here; choose another run_dir")
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, key: str) -> Iterator[Path]:
+    """A folder beside `target` to write in, which becomes `target` when the block ends well and vanishes when it does not.
+
+    Raises ConfigError, `key` first, where something is there already, or it cannot be written.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ConfigError(f"{key}={target}: exists; choose another folder, or move it away")
+    beside = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)  # of a program that was killed
+        beside.mkdir(parents=True)
+        yield beside
+        for path in beside.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        beside.replace(target)
+    except OSError as error:
+        raise unwritable(f"{key}={target}", error) from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def record_launch(run: RunConfig, folder: Path, world_size: int) -> None:
