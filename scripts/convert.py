@@ -10,6 +10,7 @@ is made is whole or absent; one that is there already is left alone. Hub names a
 """
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -54,8 +55,8 @@ def main() -> None:
 
 
 def _quoted(path: str) -> str:
-    """A text as Hydra's grammar takes it whatever it holds."""
-    return "'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    """A text as Hydra's grammar takes it: in quotes, where a quote is escaped, and backslashes before one are doubled."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), path) + "'"
 
 
 @command(ConvertConfig, config_name="convert")
@@ -80,7 +81,7 @@ def from_hf(config: ConvertConfig) -> None:
         if "generation_config.json" not in copied:
             _write_json(folder / "generation_config.json", _token_ids(read_json(source / "config.json")))
     tokenizer = f"tokenizer: {', '.join(copied)}" if copied else f"{source} has no tokenizer: a corpus cannot be checked against it"
-    show("\n".join([_summary(config.target, sizes, weights.dtypes), str(described.model), str(described.rope), tokenizer]))
+    show("\n".join([_summary(config.target, sizes, weights.dtypes), *_describe(described), tokenizer]))
 
 
 @command(ConvertConfig, config_name="convert")
@@ -132,6 +133,15 @@ def _place_tokenizer(source: Source, folder: Path) -> dict[str, Any]:
 
 def _token_ids(values: dict[str, Any]) -> dict[str, Any]:
     return {key: values[key] for key in _TOKEN_IDS if values.get(key) is not None}
+
+
+def _describe(described: ModelFile) -> list[str]:
+    model, rope = described.model, described.rope
+    return [
+        f"{model.num_layers} layers of {model.hidden_size}, {model.num_heads} heads over {model.num_kv_heads} of {model.head_dim}, "
+        f"vocabulary {model.vocab_size:,}, attention: {described.attention.rule}",
+        f"{model.max_seq_len:,} positions, rope theta {rope.theta:,.0f}, scaling {rope.scaling.value}",
+    ]
 
 
 def _summary(target: str, sizes: dict[str, int], dtypes: dict[str, str]) -> str:

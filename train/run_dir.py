@@ -92,6 +92,7 @@ def new_folder(target: Path, key: str) -> Iterator[Path]:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{key}={target}: exists; choose another folder, or move it away")
     beside = target.with_name(f".{target.name}.partial")
+    made = [path for path in target.parents if not path.exists()]
     try:
         shutil.rmtree(beside, ignore_errors=True)  # of a program that was killed
         beside.mkdir(parents=True)
@@ -104,6 +105,9 @@ def new_folder(target: Path, key: str) -> Iterator[Path]:
         raise unwritable(f"{key}={target}", error) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the first one that is not empty ends it
+            for path in made:
+                path.rmdir()
 
 
 def record_launch(run: RunConfig, folder: Path, world_size: int) -> None:

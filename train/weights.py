@@ -128,7 +128,10 @@ def write_weights(folder: Path, names: Mapping[str, int], read: Callable[[str], 
     placed: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = WHOLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: read(name).contiguous() for name in shard}, folder / file, metadata={"format": "pt"})
+        try:
+            save_file({name: read(name).contiguous() for name in shard}, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, among others
+            raise ConfigError(f"{folder / file}: cannot be written ({error}); nothing was kept") from None
         placed |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(names.values())}, "weight_map": placed}
