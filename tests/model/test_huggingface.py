@@ -33,16 +33,16 @@ ROPES = {
     "linear": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
     "yarn": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": ORIGINAL},
     "yarn_all": {
-        **{"rope_type": "yarn", "rope_theta": 5000.0, "factor": 8.0, "original_max_position_embeddings": ORIGINAL},
-        **{"beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3},
+        "rope_type": "yarn", "rope_theta": 5000.0, "factor": 8.0, "original_max_position_embeddings": ORIGINAL,
+        "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3,
     },
     "yarn_scales": {
-        **{"rope_type": "yarn", "rope_theta": 5000.0, "factor": 8.0, "original_max_position_embeddings": ORIGINAL},
-        **{"mscale": 1.0, "mscale_all_dim": 0.5},
+        "rope_type": "yarn", "rope_theta": 5000.0, "factor": 8.0, "original_max_position_embeddings": ORIGINAL,
+        "mscale": 1.0, "mscale_all_dim": 0.5,
     },
     "llama3": {
-        **{"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "original_max_position_embeddings": ORIGINAL},
-        **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "original_max_position_embeddings": ORIGINAL,
+        "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     },
 }
 
@@ -144,8 +144,8 @@ def test_heads_that_do_not_divide_the_width_are_a_mistral():
 
 
 LLAMA = {
-    **{"model_type": "llama", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
-    **{"intermediate_size": 48, "max_position_embeddings": 256, "hidden_act": "silu", "torch_dtype": "float16"},
+    "model_type": "llama", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 48, "max_position_embeddings": 256, "hidden_act": "silu", "torch_dtype": "float16",
 }
 
 

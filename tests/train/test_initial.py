@@ -1,5 +1,6 @@
 """Runs that begin with weights that exist: converted ones, grown ones, those of a checkpoint; and the way back to transformers."""
 
+import itertools
 import json
 import shutil
 import sys
@@ -60,7 +61,7 @@ def loss_of(theirs: LlamaForCausalLM, corpus: Path, run: RunConfig) -> float:
     total, targets = 0.0, 0
     for batch in loader.next_step():
         bounds = batch.cu_seqlens.tolist()
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in itertools.pairwise(bounds):
             logits = theirs(batch.tokens.flatten()[None, start:end]).logits[0]
             labels = batch.labels.flatten()[start:end]
             total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
