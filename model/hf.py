@@ -6,7 +6,7 @@ is mapped, known to leave the results as they are, or refused.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -157,17 +157,19 @@ def from_config(values: Mapping[str, Any]) -> ModelFile:
         raise ConfigError(f"model_type={kind}: no family that our model covers; accepted: {accepted}")
     _check_neutral(values, kind)
     model = _model(values, family)
-    own = values.get("attention_layers")
+    own, nope = values.get("attention_layers"), values.get("nope_layers", [])
     layers = _windows(values, family, model.num_layers) if own is None else _own_layers(own, model.num_layers)
     attention = AttentionConfig(rule=_join(layers))
     attention.per_layer(model.num_layers)
-    return ModelFile(model=model, rope=_rope(values), attention=attention)
+    rope = replace(_rope(values), nope=f"layers {' '.join(map(str, nope))}" if nope else "")
+    rope.nope_layers(model.num_layers)
+    return ModelFile(model=model, rope=rope, attention=attention)
 
 
 def _check_neutral(values: Mapping[str, Any], kind: str) -> None:
     known = {*_MAPPED, *_NEUTRAL, *_IRRELEVANT, *_ROPE_FIELDS, *_WINDOW_FIELDS, "head_dim"}
     if kind.startswith(_OWN):
-        known.add("attention_layers")
+        known |= {"attention_layers", "nope_layers"}
     for key, value in values.items():
         if key not in known and not key.startswith("_"):  # which are notes of transformers to itself
             raise ConfigError(f"{key}={value!r}: is not known here; if the model computes the same without it, take it out of config.json")
@@ -317,7 +319,8 @@ def to_config(described: ModelFile, *, dtype: str, token_ids: Mapping[str, Any])
     if kind == "llama" and len(windows) == 1 and windows == set(layers):
         kind = "mistral"
     in_one_form = windows == set(layers) if kind == "mistral" else kind != "llama"
-    plain = set(layers) == {"full"} or (set(layers) <= {"full", *windows} and len(windows) == 1 and in_one_form)
+    nope = sorted(described.rope.nope_layers(model.num_layers))
+    plain = not nope and (set(layers) == {"full"} or (set(layers) <= {"full", *windows} and len(windows) == 1 and in_one_form))
     name = _FAMILIES[kind].name
     values: dict[str, Any] = {
         "architectures": [f"{name}ForCausalLM" if plain else f"Moba{name}ForCausalLM"],
@@ -332,7 +335,7 @@ def to_config(described: ModelFile, *, dtype: str, token_ids: Mapping[str, Any])
         **token_ids,
     }
     if described.rope.scaling is RopeScaling.NTK:
-        values["max_position_embeddings"] = described.rope.reach(model.max_seq_len)
+        values["max_position_embeddings"] = int(model.max_seq_len * described.rope.factor)
     if kind in ("llama", "qwen3"):
         values["attention_bias"] = False
     if kind == "llama":
@@ -342,13 +345,17 @@ def to_config(described: ModelFile, *, dtype: str, token_ids: Mapping[str, Any])
     if not plain:
         module = MODELLING_FILE.removesuffix(".py")
         values["auto_map"] = {"AutoConfig": f"{module}.Moba{name}Config", "AutoModelForCausalLM": f"{module}.Moba{name}ForCausalLM"}
-        values["attention_layers"] = layers
+        values |= {"attention_layers": layers, "nope_layers": nope}
     return values
 
 
 def _family_of(model: ModelConfig) -> str:
     if model.qkv_bias and model.qk_norm:
         raise ConfigError("model.qkv_bias=True: no class of transformers has it beside model.qk_norm=True")
+    if model.key_conv:
+        raise ConfigError(
+            f"model.key_conv={model.key_conv}: no class of transformers convolves keys, and its cache has no place for their past"
+        )
     if model.qkv_bias or model.qk_norm:
         return "qwen2" if model.qkv_bias else "qwen3"
     # Mistral without a window is Llama, and leaves the number of heads free where Llama's config does not.

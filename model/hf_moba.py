@@ -6,7 +6,8 @@ eq. 2-6; ties go to the earlier block). Made for exported weights, beside which 
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
-Exact, cached generation included, but not fast: keys that are not seen are masked, so time grows with the square of the length.
+Layers in `nope_layers` have no positions. Exact, cached generation included, but not fast: keys that are not seen are masked, so time
+grows with the square of the length.
 """
 
 import re
@@ -154,11 +155,20 @@ def _check_function(name: str | dict | None) -> None:
         raise ValueError(f"attn_implementation={name!r}: would make every layer full; a MoBA model has its own, {NAME!r}")
 
 
+def _without_positions(module, arguments, settings):
+    """Gives a layer's attention the rotation by nothing."""
+    cos, sin = settings["position_embeddings"]
+    return arguments, settings | {"position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+
+
 class _Moba:
     """Takes transformers' class as it is; only the attention function is ours."""
 
     def __init__(self, config, *arguments, **settings) -> None:
         super().__init__(_checked(config), *arguments, **settings)  # type: ignore[call-arg]
+        for index in getattr(config, "nope_layers", ()):
+            attention = self.model.layers[index].self_attn  # type: ignore[attr-defined]
+            attention.register_forward_pre_hook(_without_positions, with_kwargs=True)
 
     def set_attn_implementation(self, attn_implementation, *arguments, **settings) -> None:
         _check_function(attn_implementation)

@@ -1,5 +1,7 @@
 """The classes that exported MoBA models run as in transformers: equal to ours, cached, batched and padded."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -21,7 +23,9 @@ def export(ours: Transformer, rule: str, family: str, **settings: object):
     described = ModelFile(model=ours.config, rope=ours.rope, attention=AttentionConfig(rule=rule))
     values = to_config(described, dtype="float32", token_ids={"bos_token_id": 1, "eos_token_id": 2})
     assert values["auto_map"]["AutoModelForCausalLM"] == f"modeling_moba.Moba{family}ForCausalLM"
-    assert from_config(values) == described or from_config(values).attention.per_layer(3) == described.attention.per_layer(3)
+    read = from_config(values)
+    assert (read.model, read.attention.per_layer(3)) == (described.model, described.attention.per_layer(3))
+    assert replace(read.rope, nope="") == replace(described.rope, nope="") and read.rope.nope_layers(3) == described.rope.nope_layers(3)
     config = getattr(hf_moba, f"Moba{family}Config").from_dict(values)
     theirs = getattr(hf_moba, f"Moba{family}ForCausalLM")(config, **settings).eval()
     tensors = {to_theirs(name): tensor for name, tensor in ours.state_dict().items()}
@@ -57,7 +61,17 @@ def test_logits_equal_ours_at_every_length(family):
     assert (found - our_logits(ours, tokens)).abs().max() > 0.05  # the blocks that are not seen count
 
 
-@pytest.mark.parametrize("rule", ["moba(16, 1)", "moba(7, 2)", "layers 0 moba(4, 5), layers 2 full, rest moba(8, 2)", "moba(64, 9)"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "moba(16, 1)",
+        "moba(7, 2)",
+        "layers 0 moba(4, 5), layers 2 full, rest moba(8, 2)",
+        "moba(64, 9)",
+        "layers 0 sliding(1), layers 2 sliding(20), rest full",
+        "layers 1 moba(8, 2), rest sliding(9)",
+    ],
+)
 def test_every_rule(rule, monkeypatch):
     ours, theirs = make_pair(rule=rule)
     tokens = pack([150])[0]
@@ -65,6 +79,17 @@ def test_every_rule(rule, monkeypatch):
     torch.testing.assert_close(theirs(tokens[None]).logits[0].detach(), expected, rtol=0, atol=1e-4)
     monkeypatch.setattr(hf_moba, "_MASK_BUDGET", 4 * 150 * 3)  # three queries at a time
     torch.testing.assert_close(theirs(tokens[None]).logits[0].detach(), expected, rtol=0, atol=1e-4)
+
+
+def test_layers_without_positions():
+    ours, theirs = make_pair(rope=replace(YARN, nope="layers 0 2"))
+    tokens = pack([150])[0]
+    found = theirs(tokens[None]).logits[0].detach()
+    torch.testing.assert_close(found, our_logits(ours, tokens), rtol=0, atol=1e-4)
+    ours.set_rope(YARN)
+    assert (found - our_logits(ours, tokens)).abs().max() > 0.05
+    ours, theirs = make_pair(rule="full", rope=replace(YARN, nope="last 1"))  # full attention, but no plain Llama
+    torch.testing.assert_close(theirs(tokens[None]).logits[0].detach(), our_logits(ours, tokens), rtol=0, atol=1e-4)
 
 
 def test_tied_blocks_go_to_the_earlier_one():
@@ -75,8 +100,9 @@ def test_tied_blocks_go_to_the_earlier_one():
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generation_with_their_cache_is_ours(cache):
-    ours, theirs = make_pair()
+@pytest.mark.parametrize("rule", [RULE, "layers 1 moba(8, 2), rest sliding(9)"])
+def test_generation_with_their_cache_is_ours(rule, cache):
+    ours, theirs = make_pair(rule=rule)
     prompt = pack([45])[0]
     expected = generate(ours, prompt, max_new_tokens=30)
     settings = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones(1, 45, dtype=torch.int64)}

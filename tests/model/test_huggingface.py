@@ -33,16 +33,29 @@ ROPES = {
     "linear": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
     "yarn": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": ORIGINAL},
     "yarn_all": {
-        "rope_type": "yarn", "rope_theta": 5000.0, "factor": 8.0, "original_max_position_embeddings": ORIGINAL,
-        "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3,
+        "rope_type": "yarn",
+        "rope_theta": 5000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": ORIGINAL,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
+        "attention_factor": 1.3,
     },
     "yarn_scales": {
-        "rope_type": "yarn", "rope_theta": 5000.0, "factor": 8.0, "original_max_position_embeddings": ORIGINAL,
-        "mscale": 1.0, "mscale_all_dim": 0.5,
+        "rope_type": "yarn",
+        "rope_theta": 5000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": ORIGINAL,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.5,
     },
     "llama3": {
-        "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "original_max_position_embeddings": ORIGINAL,
-        "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "rope_theta": 5000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": ORIGINAL,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
     },
 }
 
@@ -122,6 +135,39 @@ def test_there_and_back_is_an_equivalent_config(family, rope):
         assert torch.equal(again(tokens).logits, theirs(tokens).logits)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "rule"),
+    [
+        ("mistral", {"sliding_window": 24}, "sliding(24)"),
+        ("qwen2", {"sliding_window": 24, "use_sliding_window": True, "max_window_layers": 2}, "layers 2 sliding(24), rest full"),
+        (
+            "qwen3",
+            {"sliding_window": 9, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"] * 2},
+            "every 2 full, rest sliding(9)",
+        ),
+    ],
+)
+def test_windows_are_sliding_layers_in_both_directions(family, changes, rule):
+    layers = 4 if family == "qwen3" else 3
+    theirs = make_theirs(family, ROPES["default"], num_hidden_layers=layers, **changes)
+    ours = load_ours(theirs, config_values(theirs))
+    for length in (9, 24, 25, 200):
+        assert_equal_logits(ours, theirs, length)
+    described = from_config(config_values(theirs))
+    assert described.attention.per_layer(layers) == AttentionConfig(rule=rule).per_layer(layers)
+    back = to_config(described, dtype="float32", token_ids={})
+    assert back["model_type"] == family and "auto_map" not in back
+    again = FAMILIES[family][1](FAMILIES[family][0].from_dict(back)).eval()
+    again.load_state_dict(theirs.state_dict())
+    assert_equal_logits(ours, again, 200)
+
+
+def test_a_window_that_mistral_takes_for_granted_is_read():
+    values = LLAMA | {"model_type": "mistral", "num_key_value_heads": 4}
+    assert from_config(values).attention.rule == "sliding(4096)"
+    assert from_config(values | {"sliding_window": None}).attention.rule == "full"
+
+
 def test_ntk_is_exported_as_the_base_that_it_is():
     described = ModelFile(model=tiny_config(), rope=RopeConfig(scaling=RopeScaling.NTK, factor=4.0), attention=AttentionConfig())
     values = to_config(described, dtype="float32", token_ids={})
@@ -144,8 +190,15 @@ def test_heads_that_do_not_divide_the_width_are_a_mistral():
 
 
 LLAMA = {
-    "model_type": "llama", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "intermediate_size": 48, "max_position_embeddings": 256, "hidden_act": "silu", "torch_dtype": "float16",
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 256,
+    "hidden_act": "silu",
+    "torch_dtype": "float16",
 }
 
 
@@ -216,6 +269,9 @@ def test_what_our_model_does_not_compute_is_refused_by_name(changes, says):
 
 
 def test_a_model_that_no_class_computes_is_not_exported():
-    described = ModelFile(model=ModelConfig(qkv_bias=True, qk_norm=True), attention=AttentionConfig())
-    with pytest.raises(ConfigError, match=r"model.qkv_bias=True: no class of transformers has it beside model.qk_norm=True"):
-        to_config(described, dtype="float32", token_ids={})
+    for model, says in (
+        (ModelConfig(qkv_bias=True, qk_norm=True), "model.qkv_bias=True: no class of transformers has it beside model.qk_norm=True"),
+        (ModelConfig(key_conv=3), "model.key_conv=3: no class of transformers convolves keys"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            to_config(ModelFile(model=model), dtype="float32", token_ids={})
