@@ -566,7 +566,7 @@ class EvaluateConfig:
     """`scripts.evaluate`: perplexity of held-out long documents."""
 
     checkpoint: str = ""
-    """A run folder or its `checkpoints` (the newest valid one), or a checkpoint folder."""
+    """A run folder or its `checkpoints` (the newest valid one), a checkpoint folder, or a folder of `scripts.convert from_hf`."""
     data: DataConfig = field(default_factory=DataConfig)
     output_dir: str = ""
     """Folder of the report; empty: `evaluation` inside the run folder."""

@@ -13,7 +13,6 @@ from data.loader import IGNORE, Batch
 from data.shards import Corpus, DocumentTable
 from data.tokenizer import Tokenizer
 from model.transformer import Transformer
-from train.checkpoint import TrainingState
 from train.distributed import Ranks, sum_over_ranks
 from train.engine import Engine
 
@@ -72,13 +71,14 @@ def context_lengths(config: EvaluateConfig, run: RunConfig, stage: StageConfig, 
     return contexts
 
 
-def open_corpus(config: EvaluateConfig, state: TrainingState) -> Corpus:
-    """The corpus, once it is sure that the checkpoint reads its tokens as they were meant. Raises ConfigError."""
+def open_corpus(config: EvaluateConfig, tokenizers: Sequence[str]) -> Corpus:
+    """The corpus, once it is sure that the checkpoint reads its tokens as they were meant: its tokenizer's hash is one of `tokenizers`
+    (none: nothing is known). Raises ConfigError."""
     corpus = Corpus.open(config.data.prepared_dir)
-    if corpus.tokenizer_hash != state.tokenizer_hash:
+    if tokenizers and corpus.tokenizer_hash not in tokenizers:
         raise ConfigError(
             f"data.prepared_dir={config.data.prepared_dir}: has tokenizer {corpus.tokenizer_hash}, the checkpoint was trained with "
-            f"{state.tokenizer_hash}; name the corpus it was trained on, or one prepared with its tokenizer"
+            f"{' or '.join(tokenizers)}; name the corpus it was trained on, or one prepared with its tokenizer"
         )
     return corpus
 

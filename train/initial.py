@@ -7,13 +7,14 @@ from pathlib import Path
 
 from torch import Tensor
 
+from configs.mapping import to_mapping
 from configs.model_file import INIT_FILE, MODEL_FILE, ModelFile, describe, initial, note
-from configs.schema import ConfigError, RunConfig
+from configs.schema import ConfigError, RunConfig, StageConfig
 from data.shards import Corpus
 from data.tokenizer import copy_tokenizer, tokenizer_hashes
 from model.hf import parameter_shapes
 from model.transformer import Transformer
-from train.checkpoint import read_state, resolve
+from train.checkpoint import TrainingState, read_state, resolve
 from train.distributed import gather_objects
 from train.engine import load_weights
 from train.run_dir import TOKENIZER, unwritable
@@ -37,13 +38,18 @@ class Source:
     """Of the tokenizers that the weights were made with; empty where that is not known."""
 
 
+def is_converted(folder: Path) -> bool:
+    """Whether `scripts.convert from_hf` made it."""
+    return (folder / MODEL_FILE).is_file()
+
+
 def open_source(path: str) -> Source:
     """The weights in `path`: a converted folder, a checkpoint, or the latest checkpoint of a run's folder.
 
     Raises ConfigError, `path` first, where it is none of these, is damaged, or does not hold the tensors that its model has.
     """
     described = describe(path)
-    if (Path(path) / MODEL_FILE).is_file():
+    if is_converted(Path(path)):
         folder = Path(path)
         weights = WeightFolder(folder)
         hashes = tokenizer_hashes(folder)
@@ -76,6 +82,29 @@ def _open_checkpoint(folder: Path) -> Source:
         read=weights.__getitem__,
         tokenizer=next((place for place in places if state.tokenizer_hash in tokenizer_hashes(place)), None),
         tokenizer_hashes=[state.tokenizer_hash],
+    )
+
+
+def state_of(folder: Path) -> TrainingState:
+    """The state in a checkpoint; of converted weights one of no steps, whose stage is the model's own context and attention.
+
+    Raises ConfigError where this version does not know what lies there.
+    """
+    if not is_converted(folder):
+        return read_state(folder)
+    described = describe(str(folder))
+    length = described.model.max_seq_len
+    stage = StageConfig(seq_len=length, batch_tokens=length, tokens=length, attention=described.attention, rope=described.rope)
+    return TrainingState(
+        step=0,
+        tokens=0,
+        stream={},
+        skipped=0,
+        skipped_in_a_row=0,
+        world_size=1,
+        tokenizer_hash=next(iter(tokenizer_hashes(folder)), ""),
+        config=to_mapping(RunConfig(name=folder.name, model=described.model, stages=(stage,))),
+        git={"commit": None, "dirty": None},
     )
 
 

@@ -11,11 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from configs.registry import compose
-from configs.schema import ConfigError, DataConfig, RopeScaling, RunConfig, TokenizerConfig, TokenizerKind
+from configs.schema import ConfigError, DataConfig, EvaluateConfig, RopeScaling, RunConfig, TokenizerConfig, TokenizerKind
 from data.loader import build_loader
 from data.prepare import prepare
 from data.shards import Corpus
 from scripts import convert as door
+from scripts.evaluate import evaluate
 from tests.model.test_huggingface import ROPES, make_theirs
 from tests.train.helpers import corpus_config, events, launch, make_run, overrides, steps
 from train.engine import load_weights
@@ -109,6 +110,19 @@ def test_a_contradiction_is_named_with_both_values(corpus, released, tmp_path, m
     with pytest.raises(ConfigError) as refusal:
         make(corpus, tmp_path / "run", ours, *(text.replace("OURS", ours) for text in more))
     assert says.replace("OURS", ours) in str(refusal.value)
+
+
+@pytest.mark.parametrize("context", [64, 128])
+def test_converted_weights_are_evaluated_as_they_are(corpus, released, tmp_path, context):
+    keys = [f"checkpoint={released / 'ours'}", f"data.prepared_dir={corpus}", f"output_dir={tmp_path}", f"contexts={context}"]
+    keys += ["max_documents=1", f"max_document_tokens={context}", 'attentions=["full","moba(16, 2)"]', "device=cpu"]
+    report = evaluate(compose(EvaluateConfig, config_name="evaluate", overrides=keys))
+    (full, moba) = (result["loss"] for result in report["results"])
+    table = Corpus.open(corpus).split("heldout")
+    tokens = torch.from_numpy(table.tokens(int(table.lengths.argmax()), 0, context).astype("int64"))
+    with torch.no_grad():
+        theirs = LlamaForCausalLM.from_pretrained(released / "hf")(tokens[None], labels=tokens[None]).loss
+    assert full == pytest.approx(float(theirs), abs=1e-4) and moba != full
 
 
 # --- training -------------------------------------------------------------------------------------------------------------------------
