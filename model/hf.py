@@ -331,7 +331,7 @@ def to_config(described: ModelFile, *, dtype: str, token_ids: Mapping[str, Any])
         "attention_dropout": 0.0,
         "use_cache": True,
         "dtype": dtype,
-        **_to_rope(described.rope, model.head_dim),
+        **_to_rope(described.rope, model.head_dim, old_spelling=plain),
         **token_ids,
     }
     if described.rope.scaling is RopeScaling.NTK:
@@ -371,8 +371,11 @@ def _to_windows(layers: list[str], *, uses: bool) -> dict[str, Any]:
     return found | ({"layer_types": kinds} if window is not None else {})
 
 
-def _to_rope(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
-    """In the spelling of transformers 5, and in that of 4, which would take a base of 10000 without a word."""
+def _to_rope(rope: RopeConfig, head_dim: int, *, old_spelling: bool) -> dict[str, Any]:
+    """In the spelling of transformers 5, and in that of 4, which would take a base of 10000 without a word.
+
+    The old one is not for a `model_type` that transformers does not know: it would stumble there as it looks for the tokenizer.
+    """
     theta, parameters = rope.theta, {}
     if rope.scaling is RopeScaling.NTK:  # which is another base, see `model.rope.frequencies`
         theta *= rope.factor ** (head_dim / max(head_dim - 2, 1))
@@ -386,8 +389,6 @@ def _to_rope(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
     if rope.scaling is RopeScaling.LLAMA3:
         parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
     kind = rope.scaling.value if parameters else "default"
-    return {
-        "rope_parameters": {"rope_type": kind, "rope_theta": theta, **parameters},
-        "rope_theta": theta,
-        "rope_scaling": {"rope_type": kind, **parameters} if parameters else None,
-    }
+    new = {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **parameters}}
+    old = {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **parameters} if parameters else None}
+    return new | (old if old_spelling else {})

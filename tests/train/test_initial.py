@@ -216,12 +216,13 @@ def prepare_with(folder: Path, tokenizer: TokenizerConfig) -> Path:
 
 @pytest.mark.parametrize("rule", ["full", "last 1 full, rest moba(32, 2)"])
 def test_a_trained_run_goes_to_transformers_with_its_tokenizer(corpus, ranks, tmp_path, convert, rule):
-    train(make_run(corpus, tmp_path / "run", f"attention.rule='{rule}'", "rope.theta=20000"), ranks)
+    rope = ("rope.theta=20000", "rope.scaling=yarn", "rope.factor=2", "rope.original_max_seq_len=64")
+    train(make_run(corpus, tmp_path / "run", f"attention.rule='{rule}'", *rope), ranks)
     convert("to_hf", tmp_path / "run", tmp_path / "hf")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=rule != "full").eval()
     assert type(theirs).__name__ == ("LlamaForCausalLM" if rule == "full" else "MobaLlamaForCausalLM")
     assert theirs.config.rope_parameters["rope_theta"] == 20000.0
-    # Two more steps with weights that do not move: the next loss in transformers is the next loss here.
+    # What a run that begins with these weights loses first is what transformers does.
     run = make(corpus, tmp_path / "next", tmp_path / "run", f"attention.rule='{rule}'", "max_steps=1", "seed=3")
     train(run, ranks)
     ((_, loss, _),) = steps(tmp_path / "next")
