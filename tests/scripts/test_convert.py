@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -249,6 +250,18 @@ def test_a_write_that_fails_leaves_nothing(convert, llama, tmp_path, capsys, mon
     with pytest.raises(SystemExit):
         convert("from_hf", llama, tmp_path / "made" / "ours")
     assert capsys.readouterr().err == f"error: OUT={tmp_path / 'made/ours'}: the disk is full (No space left on device)\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_for_weights_leaves_nothing(convert, llama, tmp_path, capsys, monkeypatch):
+    def full(content: dict, path: Path, metadata: dict) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("train.weights.save_file", full)
+    with pytest.raises(SystemExit):
+        convert("from_hf", llama, tmp_path / "ours")
+    assert "cannot be written (I/O error: No space left on device (os error 28)); nothing was kept" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

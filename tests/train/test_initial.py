@@ -192,6 +192,23 @@ def test_two_ranks_start_where_one_does_whole_or_partitioned(corpus, released, r
         assert loss == pytest.approx(one, rel=1e-6) and other == pytest.approx(norm, rel=1e-4)
 
 
+def test_damage_and_ranks_that_read_differently_are_one_line(corpus, released, ranks, tmp_path, monkeypatch):
+    broken = Path(shutil.copytree(released / "ours", tmp_path / "broken"))
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-8])
+    with pytest.raises(ConfigError, match=rf"^init_from={broken}/model.safetensors: is damaged, or not a safetensors file"):
+        train(make(corpus, tmp_path / "run", broken), ranks)
+    values = json.loads((broken / "model.json").read_text())
+    values["model"]["ffn_size"] = 47
+    (broken / "model.json").write_text(json.dumps(values))
+    shutil.copyfile(released / "ours/model.safetensors", broken / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"ffn.gate_proj.weight has shape \[48, 32\], model.json makes it \[47, 32\]"):
+        train(make(corpus, tmp_path / "run", broken), ranks)
+    monkeypatch.setattr("train.initial.gather_objects", lambda value: [value, (value[0] + 1, None)])
+    with pytest.raises(ConfigError, match="the ranks read different weights there"):
+        train(make(corpus, tmp_path / "run", released / "ours"), ranks)
+    assert not (tmp_path / "run").exists()
+
+
 # --- the tokenizer --------------------------------------------------------------------------------------------------------------------
 
 
