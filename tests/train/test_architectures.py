@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.schema import AttentionConfig, RopeConfig, RopeScaling, RunConfig
+from configs.schema import AttentionConfig, ConfigError, EvaluateConfig, ModelConfig, RopeConfig, RopeScaling, RunConfig, StageConfig
 from tests.train.helpers import STEPS, events, make_run, steps
 from train.engine import load_weights
+from train.evaluate import attention_settings, context_lengths
 from train.loop import train
 
 
@@ -45,3 +46,27 @@ def test_every_zero_stage_trains_it_alike(corpus, ranks, tmp_path, stage):
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rope", "rule", "tried", "longest"),
+    [
+        (RopeConfig(), "full", "", 1000),
+        (RopeConfig(scaling=RopeScaling.LINEAR, factor=2.0), "full", "", 2000),
+        (RopeConfig(), "sliding(64)", "", None),
+        (RopeConfig(), "sliding(64)", "full", 1000),  # of all the settings that are tried the strictest counts
+        (RopeConfig(nope="every 2"), "every 2 moba, rest sliding(64)", "every 2 full, rest sliding(64)", None),
+    ],
+)
+def test_evaluation_goes_as_far_as_positions_reach(rope, rule, tried, longest):
+    stage = StageConfig(rope=rope, attention=AttentionConfig(rule=rule), seq_len=512)
+    run = RunConfig(model=ModelConfig(max_seq_len=1000), stages=(stage,))
+
+    def contexts(context: int) -> tuple[int, ...]:
+        config = EvaluateConfig(checkpoint="x", contexts=(context,), attentions=(rule, tried) if tried else ())
+        return context_lengths(config, run, stage, attention_settings(config, run, stage))
+
+    assert contexts(longest or 1 << 20) == (longest or 1 << 20,)
+    if longest:
+        with pytest.raises(ConfigError, match=rf"^contexts={longest + 1}: is beyond the {longest} tokens .* under {tried or rule}"):
+            contexts(longest + 1)
