@@ -161,7 +161,8 @@ def from_config(values: Mapping[str, Any]) -> ModelFile:
     layers = _windows(values, family, model.num_layers) if own is None else _own_layers(own, model.num_layers)
     attention = AttentionConfig(rule=_join(layers))
     attention.per_layer(model.num_layers)
-    rope = replace(_rope(values), nope=f"layers {' '.join(map(str, nope))}" if nope else "")
+    rope = replace(_rope(values), interpolation=float(values.get("position_interpolation", 1)))
+    rope = replace(rope, nope=f"layers {' '.join(map(str, nope))}" if nope else "")
     rope.nope_layers(model.num_layers)
     return ModelFile(model=model, rope=rope, attention=attention)
 
@@ -169,7 +170,7 @@ def from_config(values: Mapping[str, Any]) -> ModelFile:
 def _check_neutral(values: Mapping[str, Any], kind: str) -> None:
     known = {*_MAPPED, *_NEUTRAL, *_IRRELEVANT, *_ROPE_FIELDS, *_WINDOW_FIELDS, "head_dim"}
     if kind.startswith(_OWN):
-        known |= {"attention_layers", "nope_layers"}
+        known |= {"attention_layers", "nope_layers", "position_interpolation"}
     for key, value in values.items():
         if key not in known and not key.startswith("_"):  # which are notes of transformers to itself
             raise ConfigError(f"{key}={value!r}: is not known here; if the model computes the same without it, take it out of config.json")
@@ -320,7 +321,10 @@ def to_config(described: ModelFile, *, dtype: str, token_ids: Mapping[str, Any])
         kind = "mistral"
     in_one_form = windows == set(layers) if kind == "mistral" else kind != "llama"
     nope = sorted(described.rope.nope_layers(model.num_layers))
-    plain = not nope and (set(layers) == {"full"} or (set(layers) <= {"full", *windows} and len(windows) == 1 and in_one_form))
+    stretched = described.rope.interpolation != 1
+    plain = not (nope or stretched) and (
+        set(layers) == {"full"} or (set(layers) <= {"full", *windows} and len(windows) == 1 and in_one_form)
+    )
     name = _FAMILIES[kind].name
     values: dict[str, Any] = {
         "architectures": [f"{name}ForCausalLM" if plain else f"Moba{name}ForCausalLM"],
@@ -345,7 +349,7 @@ def to_config(described: ModelFile, *, dtype: str, token_ids: Mapping[str, Any])
     if not plain:
         module = MODELLING_FILE.removesuffix(".py")
         values["auto_map"] = {"AutoConfig": f"{module}.Moba{name}Config", "AutoModelForCausalLM": f"{module}.Moba{name}ForCausalLM"}
-        values |= {"attention_layers": layers, "nope_layers": nope}
+        values |= {"attention_layers": layers, "nope_layers": nope, "position_interpolation": described.rope.interpolation}
     return values
 
 

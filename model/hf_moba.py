@@ -6,11 +6,12 @@ eq. 2-6; ties go to the earlier block). Made for exported weights, beside which 
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
-Layers in `nope_layers` have no positions. Exact, cached generation included, but not fast: keys that are not seen are masked, so time
-grows with the square of the length.
+Layers in `nope_layers` have no positions, the others' are divided by `position_interpolation`. Exact, cached generation included, but not
+fast: keys that are not seen are masked, so time grows with the square of the length.
 """
 
 import re
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -161,11 +162,19 @@ def _without_positions(module, arguments, settings):
     return arguments, settings | {"position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
 
 
+def _interpolate(module, arguments, *, factor: float) -> None:
+    """Divides the frequencies of the rotation, always anew: loading sets them after the model is made."""
+    module.inv_freq = module.original_inv_freq / factor
+
+
 class _Moba:
     """Takes transformers' class as it is; only the attention function is ours."""
 
     def __init__(self, config, *arguments, **settings) -> None:
         super().__init__(_checked(config), *arguments, **settings)  # type: ignore[call-arg]
+        if getattr(config, "position_interpolation", 1) != 1:
+            interpolate = partial(_interpolate, factor=config.position_interpolation)
+            self.model.rotary_emb.register_forward_pre_hook(interpolate)  # type: ignore[attr-defined]
         for index in getattr(config, "nope_layers", ()):
             attention = self.model.layers[index].self_attn  # type: ignore[attr-defined]
             attention.register_forward_pre_hook(_without_positions, with_kwargs=True)

@@ -64,7 +64,8 @@ def open_source(path: str) -> Source:
         )
     else:
         source = _open_checkpoint(resolve(path, lambda text: print(text, file=sys.stderr)))
-    check_shapes(source.shapes, parameter_shapes(source.described.model), where=source.folder, said_by=MODEL_FILE if is_converted(source.folder) else "state.json")
+    said_by = MODEL_FILE if is_converted(source.folder) else "state.json"
+    check_shapes(source.shapes, parameter_shapes(source.described.model), where=source.folder, said_by=said_by)
     return source
 
 

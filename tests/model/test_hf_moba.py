@@ -92,6 +92,16 @@ def test_layers_without_positions():
     torch.testing.assert_close(theirs(tokens[None]).logits[0].detach(), our_logits(ours, tokens), rtol=0, atol=1e-4)
 
 
+def test_positions_that_are_divided_besides():
+    rope = replace(YARN, interpolation=3.0)
+    ours, theirs = make_pair(rule="full", rope=rope)
+    tokens = pack([200])[0]
+    found = theirs(tokens[None]).logits[0].detach()
+    torch.testing.assert_close(found, our_logits(ours, tokens), rtol=0, atol=1e-4)
+    ours.set_rope(YARN)
+    assert (found - our_logits(ours, tokens)).abs().max() > 0.05
+
+
 def test_tied_blocks_go_to_the_earlier_one():
     queries, means = torch.ones(2, 3, 4), torch.ones(1, 5, 4)
     seen = hf_moba._seen(queries, means, 40, 43, 8, 3)

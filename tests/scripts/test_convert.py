@@ -338,6 +338,7 @@ def test_a_moba_export_runs_where_this_repository_is_not(convert, llama, tmp_pat
     convert("from_hf", llama, tmp_path / "ours")
     values = json.loads((tmp_path / "ours/model.json").read_text())
     values["attention"]["rule"] = "last 1 full, rest moba(16, 2)"
+    values["rope"] |= {"interpolation": 2.0, "nope": "last 1"}
     (tmp_path / "ours/model.json").write_text(json.dumps(values))
     convert("to_hf", tmp_path / "ours", tmp_path / "exported")
     tokens = pack([180])[0]
@@ -360,5 +361,6 @@ def test_a_moba_export_runs_where_this_repository_is_not(convert, llama, tmp_pat
     torch.testing.assert_close(found["logits"], logits, rtol=0, atol=1e-4)
     assert found["new"].tolist() == generate(ours, tokens[:60], max_new_tokens=20).tolist()
     convert("from_hf", tmp_path / "exported", tmp_path / "ours_again")  # our own exports are read back with their rule
-    layers = read_model_file(tmp_path / "ours_again/model.json").attention.per_layer(2)
-    assert layers == described.attention.per_layer(2)
+    again = read_model_file(tmp_path / "ours_again/model.json")
+    assert again.attention.per_layer(2) == described.attention.per_layer(2)
+    assert again.rope.nope_layers(2) == {1} and again.rope.interpolation == 2.0
