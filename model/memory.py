@@ -1,0 +1,117 @@
+"""Bytes that one forward and backward pass holds at a time, from shapes alone; what `torch` saves was counted, see the tests.
+
+Shape letters: N tokens of the packed rows, h hidden, f FFN, V vocabulary, e bytes of an activation (2 bf16, 4 fp32).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from configs.layers import LayerAttention
+from configs.schema import ModelConfig
+from model.transformer import LOGITS_BUDGET
+
+MOBA_WORKSPACE = 1 << 30
+"""Bytes of partial results that either fast MoBA backend holds at most (`moba_attention`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassBytes:
+    """What one micro-batch holds on one rank beside weights, gradients and optimizer, in bytes."""
+
+    activations: int
+    """Saved for the backward pass by all layers, the embedding and the final norm."""
+    logits: int
+    """Peak of head and loss in the backward pass: log-probabilities and two gradients of them in fp32, of one piece of the rows."""
+    workspace: int
+    """Peak of one layer's backward pass beyond what it saved: gradients of FFN or attention, slots and gate of MoBA."""
+
+    @property
+    def peak(self) -> int:
+        """The head's backward pass is over when the layers' begins."""
+        return self.activations + max(self.logits, self.workspace)
+
+
+def pass_bytes(
+    config: ModelConfig, attention: Sequence[LayerAttention], *, rows: int, seq_len: int, itemsize: int, gpu: bool, triton: bool
+) -> PassBytes:
+    """Bytes of forward and backward over `rows` rows that hold one document of `seq_len` tokens each, with the `attention` of each layer.
+
+    `itemsize` is e; on a `gpu` RMSNorm is one kernel, on a CPU its steps are saved one by one; `triton` says whose MoBA it is, else
+    the `torch` backend's. Nothing is checkpointed but the pieces of the loss.
+    """
+    shapes = _Shapes(config=config, rows=rows, seq_len=seq_len, itemsize=itemsize, gpu=gpu, triton=triton)
+    kinds = [effective(kind, seq_len) for kind in attention]
+    num_tokens = shapes.num_tokens
+    table = 4 * config.head_dim  # cos and sin, which all layers share
+    ends = 8 + shapes.norm(config.hidden_size)  # token ids; the final norm
+    pieces = min(num_tokens, max(1, LOGITS_BUDGET // config.vocab_size))
+    return PassBytes(
+        activations=num_tokens * (sum(shapes.layer(kind) for kind in kinds) + table + ends),
+        logits=12 * pieces * config.vocab_size,
+        workspace=max(shapes.workspace(kind) for kind in set(kinds)),
+    )
+
+
+def effective(attention: LayerAttention, seq_len: int) -> LayerAttention:
+    """What computes a layer on documents of `seq_len` tokens: MoBA that sees all of them is handed over to full attention."""
+    covers = attention.kind == "moba" and attention.topk * attention.block_size >= seq_len
+    return LayerAttention(kind="full") if covers else attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shapes:
+    config: ModelConfig
+    rows: int
+    seq_len: int
+    itemsize: int
+    gpu: bool
+    triton: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return self.rows * self.seq_len
+
+    @property
+    def q_size(self) -> int:
+        return self.config.num_heads * self.config.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.config.num_kv_heads * self.config.head_dim
+
+    def norm(self, width: int, heads: int = 1) -> int:
+        """Per token: RMSNorm's output, 1/rms in fp32, and its input; where it is no kernel, input and quotient in fp32."""
+        return width * (2 * self.itemsize if self.gpu else self.itemsize + 8) + 4 * heads
+
+    def layer(self, attention: LayerAttention) -> int:
+        """Bytes per token that one layer saves."""
+        config = self.config
+        # Rotated q and k, v, the attention's output; the FFN's gate, silu(gate), up and their product.
+        wide = 2 * self.q_size + 2 * self.kv_size + 4 * config.ffn_size
+        saved = 2 * self.norm(config.hidden_size) + 4 * config.num_heads  # and the log-sum-exp
+        if config.qk_norm:  # the norms' outputs are rotated, not saved
+            saved += self.norm(self.q_size, config.num_heads) + self.norm(self.kv_size, config.num_kv_heads)
+            wide -= self.q_size + self.kv_size
+        if attention.kind == "moba":
+            saved += config.num_heads * self.slots(attention) * (4 if self.triton else 8)
+        if (attention.kind == "full" and self.rows > 1) or (attention.kind == "moba" and not self.triton):
+            wide += self.q_size  # outputs by document, or by group of heads, are joined by a copy
+        return saved + self.itemsize * wide
+
+    def workspace(self, attention: LayerAttention) -> int:
+        """Bytes that the backward pass of one layer holds beyond what was saved."""
+        tokens, heads, head_dim = self.num_tokens, self.config.num_heads, self.config.head_dim
+        ffn = 4 * self.itemsize * tokens * self.config.ffn_size
+        gradients = self.itemsize * tokens * (2 * self.q_size + 2 * self.kv_size)
+        if attention.kind != "moba":
+            return max(ffn, gradients + 4 * tokens * self.q_size)  # fused kernels sum dq in fp32
+        past = self.slots(attention)
+        partial = past * head_dim * self.itemsize + 8 * past if self.triton else 4 * (past + 1) * head_dim
+        means = 4 * tokens * self.kv_size // attention.block_size
+        choices = 4 * tokens * heads * past
+        copies = 0 if self.triton else 4 * tokens * (2 * self.q_size + 2 * self.kv_size)  # fp32 rows and blocks
+        return max(ffn, gradients + min(MOBA_WORKSPACE, tokens * heads * partial) + means + choices + copies)
+
+    def slots(self, attention: LayerAttention) -> int:
+        """Past blocks that are kept for each query and head."""
+        return min(attention.topk, -(-self.seq_len // attention.block_size)) - 1
