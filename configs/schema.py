@@ -394,16 +394,20 @@ class OptimConfig:
     schedule: ScheduleKind = ScheduleKind.COSINE
     """cosine, wsd (warm-up, stable, decay), linear or constant, over the whole run's tokens."""
     warmup_fraction: float = 0.02
-    """Share of the run's tokens with a linear rise from 0."""
+    """Share of the run's tokens with a linear rise from 0, unless warmup_tokens is given."""
+    warmup_tokens: int = 0
+    """The same in tokens, so that it does not move with the length of the run; 0 leaves it to warmup_fraction."""
     decay_fraction: float = 0.2
-    """Share of the run's tokens with the final linear fall, for wsd."""
+    """Share of the run's tokens with the final linear fall, for wsd, unless decay_tokens is given."""
+    decay_tokens: int = 0
+    """The same in tokens, for branches of any length off a stable stretch; 0 leaves it to decay_fraction."""
     min_lr_ratio: float = 0.1
     """Final learning rate as a share of the peak, for cosine, wsd and linear."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "lr", self.lr, "must be positive")
         _require(self.eps > 0, "eps", self.eps, "must be positive")
-        _at_least(self, 0, "weight_decay", "clip_norm")
+        _at_least(self, 0, "weight_decay", "clip_norm", "warmup_tokens", "decay_tokens")
         for key in ("beta1", "beta2"):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "must lie in [0, 1)")
         _fraction(self, "warmup_fraction", "decay_fraction", "min_lr_ratio")
@@ -411,6 +415,16 @@ class OptimConfig:
             _require(family in ("norm", "bias", "embedding"), "no_decay", family, "accepted: norm, bias, embedding")
         together = self.warmup_fraction + (self.decay_fraction if self.schedule is ScheduleKind.WSD else 0)
         _require(together <= 1, "warmup_fraction + decay_fraction", together, "must not exceed 1")
+        unused = self.decay_tokens > 0 and self.schedule is not ScheduleKind.WSD
+        _require(not unused, "decay_tokens", self.decay_tokens, f"only schedule=wsd decays over set tokens, this is {self.schedule.value}")
+
+    def warmup(self, total_tokens: int) -> float:
+        """Tokens of the warm-up in a run of `total_tokens`."""
+        return self.warmup_tokens or self.warmup_fraction * total_tokens
+
+    def decay(self, total_tokens: int) -> float:
+        """Tokens of the final fall in a run of `total_tokens`: for wsd, else 0."""
+        return (self.decay_tokens or self.decay_fraction * total_tokens) if self.schedule is ScheduleKind.WSD else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -524,6 +538,25 @@ class RunConfig:
     def total_tokens(self) -> int:
         """Tokens of all stages, rounded up to whole steps."""
         return sum(stage.steps * stage.batch_tokens for stage in self.stages)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(RunConfig):
+    """`scripts.plan`: a training run, and what it is planned for."""
+
+    num_gpus: int = 8
+    """GPUs, one rank each."""
+    gpu: str = "H200"
+    """Kind of GPU, one of those in `train/gpus.py`."""
+    mfu: float = 0.4
+    """Share of the GPUs' bf16 peak at which executed FLOPs run (`mfu_executed` in a run's figures)."""
+    measure: bool = False
+    """Also time the layers' shapes on this machine's device and count what they hold."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "num_gpus")
+        _require(0 < self.mfu <= 1, "mfu", self.mfu, "must lie in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ from train.checkpoint import TrainingState
 from train.distributed import Ranks, gather_objects, sum_over_ranks
 from train.engine import Engine
 from train.evaluate import heldout_loss
-from train.metrics import Metrics, memory_gib, peak_flops
+from train.gpus import peak_flops
+from train.metrics import Metrics, memory_gib
 from train.optim import learning_rate
 from train.run_dir import git_state
 from train.stages import Place, place_of
