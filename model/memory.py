@@ -21,9 +21,9 @@ class PassBytes:
     activations: int
     """Saved for the backward pass by all layers, the embedding and the final norm."""
     logits: int
-    """Peak of head and loss in the backward pass: log-probabilities and two gradients of them in fp32, of one piece of the rows."""
+    """Peak of head and loss in the backward pass: log-probabilities and two gradients of them in fp32, of one piece of the tokens."""
     workspace: int
-    """Peak of one layer's backward pass beyond what it saved: gradients of FFN or attention, slots and gate of MoBA."""
+    """Peak of a layer's backward pass beyond what is saved: gradients of FFN or attention, slots and gate of MoBA."""
 
     @property
     def peak(self) -> int:
@@ -44,10 +44,11 @@ def pass_bytes(
     num_tokens = shapes.num_tokens
     table = 4 * config.head_dim  # cos and sin, which all layers share
     ends = 8 + shapes.norm(config.hidden_size)  # token ids; the final norm
-    pieces = min(num_tokens, max(1, LOGITS_BUDGET // config.vocab_size))
+    piece = min(num_tokens, max(1, LOGITS_BUDGET // config.vocab_size))
+    head = itemsize * config.vocab_size * config.hidden_size if piece < num_tokens else 0  # the weight's gradient, summed over pieces
     return PassBytes(
         activations=num_tokens * (sum(shapes.layer(kind) for kind in kinds) + table + ends),
-        logits=12 * pieces * config.vocab_size,
+        logits=12 * piece * config.vocab_size + head,
         workspace=max(shapes.workspace(kind) for kind in set(kinds)),
     )
 
@@ -99,18 +100,19 @@ class _Shapes:
         return saved + self.itemsize * wide
 
     def workspace(self, attention: LayerAttention) -> int:
-        """Bytes that the backward pass of one layer holds beyond what was saved."""
-        tokens, heads, head_dim = self.num_tokens, self.config.num_heads, self.config.head_dim
-        ffn = 4 * self.itemsize * tokens * self.config.ffn_size
+        """Bytes that the backward pass of the last layer holds beyond what all layers saved; what it is done with it lets go of."""
+        tokens, heads, head_dim, ffn_size = self.num_tokens, self.config.num_heads, self.config.head_dim, self.config.ffn_size
+        ffn = 2 * self.itemsize * tokens * ffn_size  # gradients of silu(gate) and up, in place of the product
+        freed = tokens * (4 * self.itemsize * ffn_size + self.norm(self.config.hidden_size))  # the FFN's, before attention begins
         gradients = self.itemsize * tokens * (2 * self.q_size + 2 * self.kv_size)
         if attention.kind != "moba":
-            return max(ffn, gradients + 4 * tokens * self.q_size)  # fused kernels sum dq in fp32
+            return max(ffn, gradients + 4 * tokens * self.q_size - freed)  # fused kernels sum dq in fp32
         past = self.slots(attention)
         partial = past * head_dim * self.itemsize + 8 * past if self.triton else 4 * (past + 1) * head_dim
         means = 4 * tokens * self.kv_size // attention.block_size
         choices = 4 * tokens * heads * past
         copies = 0 if self.triton else 4 * tokens * (2 * self.q_size + 2 * self.kv_size)  # fp32 rows and blocks
-        return max(ffn, gradients + min(MOBA_WORKSPACE, tokens * heads * partial) + means + choices + copies)
+        return max(ffn, gradients + min(MOBA_WORKSPACE, tokens * heads * partial) + means + choices + copies - freed)
 
     def slots(self, attention: LayerAttention) -> int:
         """Past blocks that are kept for each query and head."""

@@ -298,7 +298,7 @@ def _check_decay(state: TrainingState, before: RunConfig, run: RunConfig) -> Non
     if run.optim.schedule is not ScheduleKind.WSD or before.optim.schedule not in flat or run.optim.lr != before.optim.lr:
         return
     old, new = (learning_rate(each.optim, state.tokens, each.total_tokens) for each in (before, run))
-    if new < old:
+    if new < old * (1 - 1e-9):  # more than the rounding of a fraction
         left, warmup = run.total_tokens - state.tokens, run.optim.warmup(run.total_tokens)
         remedy = f"set optim.decay_tokens to at most {left}, or lengthen the stages after it"
         if state.tokens < warmup:
