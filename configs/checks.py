@@ -21,13 +21,21 @@ def check_run(run: RunConfig, *, world_size: int) -> None:
 def check_stage(run: RunConfig, stage: StageConfig, index: int, world_size: int) -> None:
     """One stage of `check_run`."""
     key = f"stages.{index}"
+    try:
+        attention = stage.attention.per_layer(run.model.num_layers)
+    except ConfigError as error:
+        raise ConfigError(f"{key}.attention.{error}") from None
     max_seq_len = run.model.max_seq_len
-    reach = stage.rope.reach(max_seq_len)
-    if stage.seq_len > reach:
-        scaled = f", which {key}.rope.scaling={stage.rope.scaling.value} takes to {reach}" if reach > max_seq_len else ""
+    try:
+        longest = stage.rope.max_context(max_seq_len, attention)
+    except ConfigError as error:
+        raise ConfigError(f"{key}.rope.{error}") from None
+    if longest is not None and stage.seq_len > longest:
+        factor = math.ceil(stage.seq_len / (stage.rope.original_max_seq_len or max_seq_len))
+        scaled = f", which {key}.rope.scaling={stage.rope.scaling.value} takes to {longest}" if longest > max_seq_len else ""
         raise ConfigError(
             f"{key}.seq_len={stage.seq_len}: is beyond the positions RoPE is set up for, model.max_seq_len={max_seq_len}{scaled}; "
-            f"shorten the rows, set {key}.rope.scaling and a factor of {math.ceil(stage.seq_len / max_seq_len)}, or raise max_seq_len"
+            f"shorten the rows, set {key}.rope.scaling and a factor of {factor}, or raise max_seq_len"
         )
     together = world_size * run.parallel.micro_batch_rows
     if stage.rows % together != 0:
@@ -36,10 +44,6 @@ def check_stage(run: RunConfig, stage: StageConfig, index: int, world_size: int)
             f"{key}.batch_tokens={stage.batch_tokens}: is {stage.rows} rows of {stage.seq_len}, which {world_size} ranks × "
             f"parallel.micro_batch_rows={run.parallel.micro_batch_rows} = {together} does not divide; {near} is the nearest that it does"
         )
-    try:
-        stage.attention.per_layer(run.model.num_layers)
-    except ConfigError as error:
-        raise ConfigError(f"{key}.attention.{error}") from None
 
 
 def check_vocabulary(run: RunConfig, *, corpus: str, vocab_size: int) -> None:

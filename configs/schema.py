@@ -4,10 +4,11 @@ Standard library only. Each class checks itself in `__post_init__` and raises `C
 the value given and what is accepted; checks that need two objects live in `configs.checks`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from configs.layers import LayerAttention, parse_rule
+from configs.layers import LayerAttention, parse_layers, parse_rule
 
 
 class ConfigError(ValueError):
@@ -152,7 +153,7 @@ class ModelConfig:
     ffn_size: int = 704
     """Inner width of the SwiGLU feed-forward."""
     max_seq_len: int = 8192
-    """Positions that RoPE is meant for, in tokens; rows and generation may be longer only as far as `RopeConfig.reach` says."""
+    """Positions that RoPE is meant for, in tokens; `RopeConfig.max_context` says when rows and generation may be longer."""
     norm_eps: float = 1e-5
     """Added to the mean square inside RMSNorm."""
     tie_embeddings: bool = True
@@ -161,6 +162,8 @@ class ModelConfig:
     """Biases on the q, k, v projections (Qwen2)."""
     qk_norm: bool = False
     """RMSNorm on each head's q and k before RoPE (Qwen3)."""
+    key_conv: int = 0
+    """Width of the convolution over each layer's keys (FlashMoBA): 3 or 5 tokens; 0 has none."""
     init_std: float = 0.02
     """Standard deviation of every weight matrix at the start; output projections are scaled by 1/sqrt(2 num_layers)."""
 
@@ -169,6 +172,7 @@ class ModelConfig:
         divides = self.num_heads % self.num_kv_heads == 0
         _require(divides, "num_heads", self.num_heads, f"must be a multiple of num_kv_heads={self.num_kv_heads}")
         _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even (RoPE rotates pairs)")
+        _require(self.key_conv in (0, 3, 5), "key_conv", self.key_conv, "accepted: 0, 3, 5")
         _require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
         _require(self.init_std > 0, "init_std", self.init_std, "must be positive")
 
@@ -205,8 +209,11 @@ class RopeConfig:
     """Turns over original_max_seq_len below which a frequency is divided by factor, for llama3."""
     high_freq_factor: float = 4.0
     """Turns over original_max_seq_len from which a frequency keeps its speed, for llama3."""
+    nope: str = ""
+    """Layers without positions (NoPE): `every 2`, `last 3, layers 0 5`, with the selectors of attention.rule; empty: none."""
 
     def __post_init__(self) -> None:
+        self.nope_layers(None)
         _require(self.theta > 1, "theta", self.theta, "must be greater than 1")
         used = _ROPE_FIELDS[self.scaling]
         for key in dict.fromkeys(key for keys in _ROPE_FIELDS.values() for key in keys if key not in used):
@@ -222,15 +229,25 @@ class RopeConfig:
             _require(slower > 0, low, slower, "must be positive")
             _require(faster > slower, high, faster, f"must be greater than {low}={slower}")
 
-    def reach(self, max_seq_len: int) -> int:
-        """Tokens that these positions are good for in a model whose unscaled ones are meant for `max_seq_len`.
+    def nope_layers(self, num_layers: int | None) -> frozenset[int]:
+        """The layers without positions; None checks the grammar alone. Raises ConfigError where a selector names none that is left."""
+        try:
+            return parse_layers(self.nope, num_layers=num_layers)
+        except ValueError as error:
+            raise ConfigError(f"nope={self.nope!r}: {error}") from None
 
-        yarn and llama3 say themselves what they stretch. Both kinds of released files are then right: those that count the
-        stretched length as the model's own (Llama 3.1: 131072, and 8 x 8192 is less) and those that do not (Qwen2.5).
+    def max_context(self, max_seq_len: int, attention: Sequence[LayerAttention]) -> int | None:
+        """Longest document, in tokens, for layers with `attention` and a model whose positions are meant for `max_seq_len`.
+
+        RoPE sees distances alone, so sliding layers do not limit a document (None) unless their window is beyond its reach;
+        nor do layers without positions. The reach is `max_seq_len` times the factor; yarn and llama3 say themselves what they
+        stretch, and then the longer of both counts: a released file may count the stretched length as the model's own
+        (Llama 3.1: 131072, though 8 x 8192 is less) or the length before (Qwen2.5).
         """
-        if self.original_max_seq_len:
-            return max(max_seq_len, int(self.original_max_seq_len * self.factor))
-        return int(max_seq_len * self.factor)
+        reach = max(max_seq_len, int((self.original_max_seq_len or max_seq_len) * self.factor))
+        nope = self.nope_layers(len(attention))
+        turned = [layer_attention for layer, layer_attention in enumerate(attention) if layer not in nope]
+        return reach if any(layer.kind != "sliding" or layer.window > reach for layer in turned) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +255,7 @@ class AttentionConfig:
     """Which attention each layer uses."""
 
     rule: str = "full"
-    """Layers to kinds, first match wins: `full`, `moba`, `last 3 full, rest moba`, `every 2 full, rest moba(512, 3)`."""
+    """Layers to kinds, first match wins: `full`, `moba`, `last 3 full, rest moba`, `every 2 moba(512, 3), rest sliding(256)`."""
     block_size: int = 512
     """Tokens in a MoBA block, where the rule says plain `moba`."""
     topk: int = 3

@@ -63,7 +63,8 @@ class Transformer(nn.Module):
         self.attention = tuple(per_layer)
 
     def set_rope(self, rope: RopeConfig) -> None:
-        """Switch the rotary positions, between any two steps; nothing else changes."""
+        """Switch the rotary positions, between any two steps; nothing else changes. Raises ValueError."""
+        self.nope_layers = rope.nope_layers(self.config.num_layers)
         self.rope = rope
 
     def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -86,7 +87,8 @@ class Transformer(nn.Module):
         table = rotary_table(positions, self.config.head_dim, self.rope)
         for index, layer in enumerate(self.layers):
             cache = caches[index] if caches else None
-            x = layer(x, table, cu_seqlens, self.attention[index], self.backend, cache)
+            turn = None if index in self.nope_layers else table
+            x = layer(x, turn, cu_seqlens, self.attention[index], self.backend, cache)
         return self.final_norm(x)
 
     def _losses(self, x: Tensor, labels: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     trained = state.run()
     stage = place_of(trained, max(state.step - 1, 0)).stage  # of the last finished step
     settings = attention_settings(config, trained, stage)
-    contexts = context_lengths(config, trained, stage)
+    contexts = context_lengths(config, trained, stage, settings)
     corpus = open_corpus(config, state)
     documents = choose_documents(corpus, config)
     folder = _make_folder(config, checkpoint)

@@ -55,16 +55,20 @@ def attention_label(rule: str, layers: Sequence[LayerAttention]) -> str:
     return str(layers[0]) if len(set(layers)) == 1 else rule
 
 
-def context_lengths(config: EvaluateConfig, run: RunConfig, stage: StageConfig) -> tuple[int, ...]:
+def context_lengths(config: EvaluateConfig, run: RunConfig, stage: StageConfig, settings: AttentionSettings) -> tuple[int, ...]:
     """The context lengths to try on a checkpoint of `stage`, in tokens, equal ones once.
 
-    Raises ConfigError for one that the model has no positions for.
+    Raises ConfigError for one that the model has no positions for under one of the `settings`.
     """
     contexts = tuple(dict.fromkeys(config.contexts or (stage.seq_len,)))
-    limit = run.model.max_seq_len
-    for context in contexts:
-        if context > limit:
-            raise ConfigError(f"contexts={context}: is beyond the positions the checkpoint's RoPE is set up for, model.max_seq_len={limit}")
+    for label, layers in settings.items():
+        limit = stage.rope.max_context(run.model.max_seq_len, layers)
+        for context in contexts:
+            if limit is not None and context > limit:
+                raise ConfigError(
+                    f"contexts={context}: is beyond the {limit} tokens that the checkpoint's RoPE is set up for under {label} "
+                    f"(model.max_seq_len={run.model.max_seq_len})"
+                )
     return contexts
 
 

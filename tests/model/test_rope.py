@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from configs.checks import check_run
-from configs.schema import ConfigError, ModelConfig, RopeConfig, RopeScaling, RunConfig, StageConfig
+from configs.schema import AttentionConfig, ConfigError, ModelConfig, RopeConfig, RopeScaling, RunConfig, StageConfig
 from model.rope import attention_factor, frequencies, rotary_table, rotate
 
 LINEAR, NTK, YARN, LLAMA3 = RopeScaling.LINEAR, RopeScaling.NTK, RopeScaling.YARN, RopeScaling.LLAMA3
@@ -109,22 +109,44 @@ def test_settings_that_do_not_go_together_are_refused(scaling, change, message):
 
 
 @pytest.mark.parametrize(
-    ("rope", "reach"),
+    ("rope", "rule", "longest"),
     [
-        (RopeConfig(), 1000),
-        (RopeConfig(scaling=LINEAR, factor=2.5), 2500),
-        (RopeConfig(scaling=NTK, factor=2.0), 2000),
-        (RopeConfig(scaling=YARN, factor=4.0, original_max_seq_len=1000), 4000),
-        (RopeConfig(scaling=LLAMA3, factor=8.0, original_max_seq_len=100), 1000),
+        (RopeConfig(), "full", 1000),
+        (RopeConfig(scaling=LINEAR, factor=2.5), "moba", 2500),
+        (RopeConfig(scaling=NTK, factor=2.0), "full", 2000),
+        (RopeConfig(scaling=YARN, factor=4.0, original_max_seq_len=1000), "full", 4000),
+        (RopeConfig(scaling=LLAMA3, factor=8.0, original_max_seq_len=100), "full", 1000),
+        (RopeConfig(nope="every 2"), "every 2 moba, rest sliding(1001)", 1000),
+        (RopeConfig(nope="last 1"), "last 2 moba, rest sliding(256)", 1000),
     ],
 )
-def test_a_stage_is_as_long_as_its_positions_reach(rope, reach):
-    fits = StageConfig(seq_len=reach, batch_tokens=reach, rope=rope)
+def test_a_stage_is_as_long_as_its_positions_reach(rope, rule, longest):
+    fits = StageConfig(seq_len=longest, batch_tokens=longest, rope=rope, attention=AttentionConfig(rule=rule))
     run = RunConfig(model=ModelConfig(max_seq_len=1000), stages=(fits,))
     check_run(run, world_size=1)
-    longer = replace(fits, seq_len=reach + 1, batch_tokens=reach + 1)
-    with pytest.raises(ConfigError, match=rf"^stages.1.seq_len={reach + 1}: is beyond .* model.max_seq_len=1000") as caught:
+    longer = replace(fits, seq_len=longest + 1, batch_tokens=longest + 1)
+    with pytest.raises(ConfigError, match=rf"^stages.1.seq_len={longest + 1}: is beyond .* model.max_seq_len=1000") as caught:
         check_run(replace(run, stages=(fits, longer)), world_size=1)
     assert "\n" not in str(caught.value)
-    assert (f"which stages.1.rope.scaling={rope.scaling.value} takes to {reach}" in str(caught.value)) == (reach > 1000)
-    assert f"a factor of {math.ceil((reach + 1) / 1000)}" in str(caught.value)
+    assert (f"which stages.1.rope.scaling={rope.scaling.value} takes to {longest}" in str(caught.value)) == (longest > 1000)
+    assert f"a factor of {math.ceil((longest + 1) / (rope.original_max_seq_len or 1000))}," in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rope", "rule"),
+    [
+        (RopeConfig(nope="all"), "full"),
+        (RopeConfig(), "sliding(1000)"),
+        (RopeConfig(nope="every 2"), "every 2 moba, rest sliding(256)"),
+        (RopeConfig(scaling=LINEAR, factor=2.0), "sliding(2000)"),
+    ],
+)
+def test_distances_within_reach_set_no_limit(rope, rule):
+    stage = StageConfig(seq_len=1 << 20, batch_tokens=1 << 20, rope=rope, attention=AttentionConfig(rule=rule))
+    check_run(RunConfig(model=ModelConfig(max_seq_len=1000), stages=(stage,)), world_size=1)
+
+
+def test_a_list_of_layers_that_names_none_is_refused_with_its_stage():
+    run = RunConfig(model=ModelConfig(num_layers=4), stages=(StageConfig(rope=RopeConfig(nope="layers 4")),))
+    with pytest.raises(ConfigError, match=r"^stages.0.rope.nope='layers 4': layers \[4\] do not exist; the model has layers 0..3$"):
+        check_run(run, world_size=1)
