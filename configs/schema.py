@@ -300,7 +300,10 @@ class StageConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "tokens", "seq_len", "batch_tokens")
         _require(self.lr_scale > 0, "lr_scale", self.lr_scale, "must be positive")
-        _require(self.batch_tokens % self.seq_len == 0, "batch_tokens", self.batch_tokens, f"must be a multiple of seq_len={self.seq_len}")
+        below = self.batch_tokens // self.seq_len * self.seq_len
+        near = f"{below} and {below + self.seq_len} are" if below else f"{self.seq_len} is the least"
+        divides = self.batch_tokens == below
+        _require(divides, "batch_tokens", self.batch_tokens, f"must be a multiple of seq_len={self.seq_len}; {near}")
 
     @property
     def rows(self) -> int:

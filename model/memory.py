@@ -23,7 +23,9 @@ class PassBytes:
     logits: int
     """Peak of head and loss in the backward pass: log-probabilities and two gradients of them in fp32, of one piece of the tokens."""
     workspace: int
-    """Peak of a layer's backward pass beyond what is saved: gradients of FFN or attention, slots and gate of MoBA."""
+    """Peak of a layer's backward pass beyond what is saved: gradients of FFN or attention, gate and slots of MoBA."""
+    gate_and_slots: int
+    """What MoBA layers have of their own in it: means, ids and partial results of the blocks chosen; 0 where no layer is MoBA."""
 
     @property
     def peak(self) -> int:
@@ -50,13 +52,18 @@ def pass_bytes(
         activations=num_tokens * (sum(shapes.layer(kind) for kind in kinds) + table + ends),
         logits=12 * piece * config.vocab_size + head,
         workspace=max(shapes.workspace(kind) for kind in set(kinds)),
+        gate_and_slots=max(shapes.gate_and_slots(kind) for kind in set(kinds)),
     )
 
 
 def effective(attention: LayerAttention, seq_len: int) -> LayerAttention:
-    """What computes a layer on documents of `seq_len` tokens: MoBA that sees all of them is handed over to full attention."""
-    covers = attention.kind == "moba" and attention.topk * attention.block_size >= seq_len
-    return LayerAttention(kind="full") if covers else attention
+    """What computes a layer on documents of `seq_len` tokens: a kind that sees all of them is handed over to full attention."""
+    return LayerAttention(kind="full") if attention.kind != "full" and reach(attention) >= seq_len else attention
+
+
+def reach(attention: LayerAttention) -> int:
+    """Tokens that a query of a MoBA or sliding layer sees at most."""
+    return attention.topk * attention.block_size if attention.kind == "moba" else attention.window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +100,9 @@ class _Shapes:
         if config.qk_norm:  # the norms' outputs are rotated, not saved
             saved += self.norm(self.q_size, config.num_heads) + self.norm(self.kv_size, config.num_kv_heads)
             wide -= self.q_size + self.kv_size
+        if config.key_conv:
+            saved += 8  # each token's place in its document
+            wide += 2 * self.kv_size  # keys before the convolution, and before its SiLU
         if attention.kind == "moba":
             saved += config.num_heads * self.slots(attention) * (4 if self.triton else 8)
         if (attention.kind == "full" and self.rows > 1) or (attention.kind == "moba" and not self.triton):
@@ -101,18 +111,23 @@ class _Shapes:
 
     def workspace(self, attention: LayerAttention) -> int:
         """Bytes that the backward pass of the last layer holds beyond what all layers saved; what it is done with it lets go of."""
-        tokens, heads, head_dim, ffn_size = self.num_tokens, self.config.num_heads, self.config.head_dim, self.config.ffn_size
+        tokens, ffn_size = self.num_tokens, self.config.ffn_size
         ffn = 2 * self.itemsize * tokens * ffn_size  # gradients of silu(gate) and up, in place of the product
         freed = tokens * (4 * self.itemsize * ffn_size + self.norm(self.config.hidden_size))  # the FFN's, before attention begins
         gradients = self.itemsize * tokens * (2 * self.q_size + 2 * self.kv_size)
         if attention.kind != "moba":
             return max(ffn, gradients + 4 * tokens * self.q_size - freed)  # fused kernels sum dq in fp32
-        past = self.slots(attention)
-        partial = past * head_dim * self.itemsize + 8 * past if self.triton else 4 * (past + 1) * head_dim
-        means = 4 * tokens * self.kv_size // attention.block_size
-        choices = 4 * tokens * heads * past
         copies = 0 if self.triton else 4 * tokens * (2 * self.q_size + 2 * self.kv_size)  # fp32 rows and blocks
-        return max(ffn, gradients + min(MOBA_WORKSPACE, tokens * heads * partial) + means + choices + copies - freed)
+        return max(ffn, gradients + self.gate_and_slots(attention) + copies - freed)
+
+    def gate_and_slots(self, attention: LayerAttention) -> int:
+        """Bytes of block means (fp32, or two halves), ids of the chosen, and partial results, of a MoBA layer."""
+        if attention.kind != "moba":
+            return 0
+        past, head_dim, heads = self.slots(attention), self.config.head_dim, self.num_tokens * self.config.num_heads
+        partial = past * head_dim * self.itemsize + 8 * past if self.triton else 4 * (past + 1) * head_dim
+        means = 4 * self.num_tokens * self.kv_size // attention.block_size
+        return min(MOBA_WORKSPACE, heads * partial) + means + 4 * heads * past
 
     def slots(self, attention: LayerAttention) -> int:
         """Past blocks that are kept for each query and head."""

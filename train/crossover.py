@@ -11,6 +11,7 @@ import yaml
 from configs.layers import LayerAttention
 from configs.schema import ModelConfig
 from model.accounting import training_flops
+from model.memory import reach
 
 MEASURED = Path(__file__).resolve().parent.parent / "model" / "ops" / "moba" / "measured.yaml"
 
@@ -29,8 +30,7 @@ class Crossover:
 
     def __str__(self) -> str:
         if self.is_bound:
-            covered = self.attention.topk * self.attention.block_size
-            return f"{self.attention} from somewhere between {covered:,} tokens, up to which it is full attention, and {self.length:,}"
+            return f"{self.attention} from somewhere between {reach(self.attention):,} tokens, up to which it is full attention, and {self.length:,}"
         return f"{self.attention} from about {self.length:,} tokens"
 
 
@@ -70,7 +70,7 @@ def _from_flops(config: ModelConfig, attention: LayerAttention) -> Crossover:
         flops = training_flops(one, (attention,), [length])
         return flops.executed < flops.dense_equivalent
 
-    low, high = attention.topk * attention.block_size, 2 * attention.topk * attention.block_size  # up to low it is full attention
+    low, high = reach(attention), 2 * reach(attention)  # up to low it is full attention
     while not saves(high):
         low, high = high, 2 * high
     while high - low > 1:

@@ -13,7 +13,7 @@ from configs.schema import AttentionBackend, ConfigError, ParallelConfig, PlanCo
 from data.manifest import FILE_NAME
 from data.shards import Corpus
 from model.accounting import TrainingFlops, parameter_counts, training_flops
-from model.memory import PassBytes, effective, pass_bytes
+from model.memory import PassBytes, effective, pass_bytes, reach
 from model.ops.moba.triton.limits import HEAD_DIMS
 from model.transformer import Transformer
 from train import checkpoint
@@ -192,8 +192,8 @@ def _stage_notes(config: PlanConfig, plan: StagePlan, index: int) -> list[str]:
     for kind in dict.fromkeys(plan.attention):
         if effective(kind, plan.stage.seq_len) != kind:
             notes.append(
-                f"stages.{index}: {kind} sees up to {kind.topk * kind.block_size:,} tokens, its rows have {plan.stage.seq_len:,}: "
-                "it is full attention there, and computed as such; smaller blocks, a lower topk or longer rows make it sparse"
+                f"stages.{index}.attention: {kind} sees up to {reach(kind):,} tokens, rows of stages.{index}.seq_len={plan.stage.seq_len:,} "
+                "have no more: it is full attention there, and computed as such; see fewer or lengthen the rows to make it sparse"
             )
     memory = GPUS[config.gpu].memory
     if plan.memory > memory:
@@ -206,7 +206,7 @@ def _stage_notes(config: PlanConfig, plan: StagePlan, index: int) -> list[str]:
         }
         largest, (size, remedy) = max(parts.items(), key=lambda part: part[1][0])
         notes.append(
-            f"stages.{index}: needs {plan.memory / 1e9:,.0f} GB a GPU, an {config.gpu} has {memory / 1e9:.0f} GB; "
+            f"stages.{index}: needs {plan.memory / 1e9:,.0f} GB a GPU, {config.gpu} has {memory / 1e9:.0f} GB; "
             f"most of it are {largest}, {size / 1e9:,.0f} GB: {remedy}"
         )
     return notes

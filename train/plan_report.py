@@ -61,8 +61,9 @@ def _ranges(layers: Sequence[int]) -> str:
 def describe_rope(rope: RopeConfig) -> str:
     """Theta, and every setting that is not its default."""
     values, usual = to_mapping(rope), to_mapping(RopeConfig())
-    changed = [f"{key} {value}" for key, value in values.items() if key != "theta" and value != usual[key]]
-    return ", ".join([f"theta {rope.theta:g}", *changed])
+    shown = {key: f"{value:g}" if isinstance(value, float) else value for key, value in values.items()}
+    changed = [f"{key} {shown[key]}" for key in values if key != "theta" and values[key] != usual[key]]
+    return ", ".join([f"theta {rope.theta:,.0f}", *changed])
 
 
 def _stages(plan: Plan) -> str:
@@ -104,17 +105,18 @@ def _cost(plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    return table(
-        ["GB a GPU", "weights", "gradients", "optimizer", "activations", "logits or workspace", "sum", f"of {plan.config.gpu}"],
-        [_memory_row(plan, stage) for stage in plan.stages],
+    columns = ["weights", "gradients", "optimizer", "activations", "logits", "a layer's backward", "of it gate and slots", "at the peak"]
+    return table(["GB a GPU", *columns, f"of {plan.config.gpu}"], [_memory_row(plan, stage) for stage in plan.stages]) + (
+        "\n\nThe peak has the larger of logits and a layer's backward: one is over when the other begins. "
+        "The CUDA context and fragmentation come on top."
     )
 
 
 def _memory_row(plan: Plan, stage: StagePlan) -> list[str]:
     held, states = stage.held, stage.states
-    which = f"{_gb(held.logits)} or {_gb(held.workspace)}"
-    parts = [_gb(states.weights), _gb(states.gradients), _gb(states.optimizer), _gb(held.activations), which, _gb(stage.memory)]
-    return [stage.stage.name, *parts, f"{stage.memory / GPUS[plan.config.gpu].memory:.0%}"]
+    parts = [states.weights, states.gradients, states.optimizer, held.activations, held.logits, held.workspace, held.gate_and_slots]
+    share = stage.memory / GPUS[plan.config.gpu].memory
+    return [stage.stage.name, *(_gb(part) for part in parts), _gb(stage.memory), f"{share:.0%}"]
 
 
 def _crossovers(plan: Plan) -> str:

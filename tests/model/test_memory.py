@@ -35,8 +35,8 @@ def _reckoned(config: ModelConfig, rule: str, rows: int, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("rule", ["full", "moba(64, 3)", "last 1 full, rest moba(64, 4)", "moba(256, 2)"])
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "qkv_bias": True, "num_kv_heads": 4}])
+@pytest.mark.parametrize("rule", ["full", "moba(64, 3)", "last 1 full, rest moba(64, 4)", "moba(256, 2)", "every 2 full, rest sliding(64)"])
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "qkv_bias": True, "num_kv_heads": 4, "key_conv": 3}])
 def test_activations_are_what_autograd_saves(changes, rule, rows, dtype):
     config = _config(**changes)
     model = _model(config, rule, dtype)
