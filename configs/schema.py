@@ -182,8 +182,8 @@ _ROPE_FIELDS = {
     RopeScaling.NONE: (),
     RopeScaling.LINEAR: ("factor",),
     RopeScaling.NTK: ("factor",),
-    RopeScaling.YARN: ("factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor"),
-    RopeScaling.LLAMA3: ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
+    RopeScaling.YARN: ("factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor", "interpolation"),
+    RopeScaling.LLAMA3: ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor", "interpolation"),
 }
 
 
@@ -209,6 +209,8 @@ class RopeConfig:
     """Turns over original_max_seq_len below which a frequency is divided by factor, for llama3."""
     high_freq_factor: float = 4.0
     """Turns over original_max_seq_len from which a frequency keeps its speed, for llama3."""
+    interpolation: float = 1.0
+    """Divides all positions besides, for yarn and llama3: linear on top of what a released model has (Llama 3.1 beyond 128K)."""
     nope: str = ""
     """Layers without positions (NoPE): `every 2`, `last 3, layers 0 5`, with the selectors of attention.rule; empty: none."""
 
@@ -224,6 +226,7 @@ class RopeConfig:
         if "original_max_seq_len" in used:
             _at_least(self, 1, "original_max_seq_len")
         _at_least(self, 0, "attention_factor")
+        _at_least(self, 1, "interpolation")
         for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
             slower, faster = getattr(self, low), getattr(self, high)
             _require(slower > 0, low, slower, "must be positive")
@@ -236,16 +239,21 @@ class RopeConfig:
         except ValueError as error:
             raise ConfigError(f"nope={self.nope!r}: {error}") from None
 
-    def max_context(self, max_seq_len: int, attention: Sequence[LayerAttention]) -> int | None:
-        """Longest document, in tokens, for layers with `attention` and a model whose positions are meant for `max_seq_len`.
+    def reach(self, max_seq_len: int) -> int:
+        """Longest distance, in tokens, that these positions are good for in a model whose own are meant for `max_seq_len`.
 
-        RoPE sees distances alone, so sliding layers do not limit a document (None) unless their window is beyond its reach;
-        nor do layers without positions. The reach is `max_seq_len` times the factor; yarn and llama3 say themselves what they
-        stretch, and then the longer of both counts: a released file may count the stretched length as the model's own
-        (Llama 3.1: 131072, though 8 x 8192 is less) or the length before (Qwen2.5).
+        yarn and llama3 say themselves what they stretch, and the longer of both counts: a released file may give as the model's
+        own length the stretched one (Llama 3.1: 131072, though 8 x 8192 is less) or the one before (Qwen2.5).
         """
-        reach = max(max_seq_len, int((self.original_max_seq_len or max_seq_len) * self.factor))
-        nope = self.nope_layers(len(attention))
+        stretched = (self.original_max_seq_len or max_seq_len) * self.factor
+        return int(max(max_seq_len, stretched) * self.interpolation)
+
+    def max_context(self, max_seq_len: int, attention: Sequence[LayerAttention]) -> int | None:
+        """Longest document, in tokens, for layers with `attention` in such a model; None: any.
+
+        RoPE sees distances alone, so a layer whose window is within reach sets no limit, nor does one without positions.
+        """
+        reach, nope = self.reach(max_seq_len), self.nope_layers(len(attention))
         turned = [layer_attention for layer, layer_attention in enumerate(attention) if layer not in nope]
         return reach if any(layer.kind != "sliding" or layer.window > reach for layer in turned) else None
 

@@ -42,25 +42,23 @@ class Attention(nn.Module):
         `table` is `rotary_table` of the tokens' positions, None in a layer without positions. With a `cache` x is one
         document's: all of its prompt where the cache is empty, afterwards its next token.
         """
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self.key_conv is not None:
-            k = self.key_conv(k, cu_seqlens) if cache is None else self._convolve_cached(k, cache)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
-        q, k = self.q_norm(q), self.k_norm(k)
-        if table is not None:
-            q, k = rotate(q, table), rotate(k, table)
+        q, k, v = self.project(x, table, cu_seqlens, cache)
         if cache is not None:
             cache.append(k, v)
         if cache is None or cache.length == len(k):
             return self.o_proj(_attend(q, k, v, cu_seqlens, attention, backend).flatten(1))
         return self.o_proj(_attend_cached(q.squeeze(0), cache).flatten()[None])
 
-    def _convolve_cached(self, k: Tensor, cache: LayerCache) -> Tensor:
-        """Convolved keys `[n, Hkv * D]` of the next n tokens, from their raw ones; the cache then has the last raw ones."""
-        assert self.key_conv is not None
-        raw = torch.cat([cache.raw_keys, k])
-        cache.raw_keys = raw[max(len(raw) - self.key_conv.width + 1, 0) :].clone()  # a view would keep the whole prompt
-        return self.key_conv(raw, torch.tensor([0, len(raw)], dtype=torch.int32))[-len(k) :]
+    def project(
+        self, x: Tensor, table: tuple[Tensor, Tensor] | None, cu_seqlens: Tensor, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `forward` attends with: q `[N, Hq, D]`, k and v `[N, Hkv, D]` of x `[N, hidden]`; arguments as there."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.key_conv is not None:
+            k = self.key_conv(k, cu_seqlens) if cache is None else _convolve_cached(self.key_conv, k, cache)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        q, k = self.q_norm(q), self.k_norm(k)
+        return (q, k, v) if table is None else (rotate(q, table), rotate(k, table), v)
 
 
 def check_kinds(per_layer: tuple[LayerAttention, ...], backend: str) -> None:
@@ -83,6 +81,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, attention: Laye
     name = backend if backend in moba.BACKENDS else "auto"
     sizes = {"block_size": attention.block_size, "topk": attention.topk}
     return moba.moba_attention(q, k, v, **sizes, cu_seqlens=cu_seqlens, backend=name)
+
+
+def _convolve_cached(key_conv: KeyConvolution, k: Tensor, cache: LayerCache) -> Tensor:
+    """Convolved keys `[n, Hkv * D]` of the next n tokens, from their raw ones; the cache then has the last raw ones."""
+    raw = torch.cat([cache.raw_keys, k])
+    cache.raw_keys = raw[max(len(raw) - key_conv.width + 1, 0) :].clone()  # a view would keep the whole prompt
+    return key_conv(raw, torch.tensor([0, len(raw)], dtype=torch.int32))[-len(k) :]
 
 
 def _attend_cached(q: Tensor, cache: LayerCache) -> Tensor:

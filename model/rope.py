@@ -28,6 +28,7 @@ def frequencies(head_dim: int, rope: RopeConfig) -> Tensor:
     yarn: w_i f_i + (1 - w_i) f_i / s, where w falls from 1 to 0 in equal steps from the pair that makes beta_fast turns over
         the original length to the one that makes beta_slow (Peng et al., arXiv 2309.00071, in the released form).
     llama3: the same blend, where w falls with the number of turns, from high_freq_factor to low_freq_factor (Llama 3.1).
+    The last two are divided by `interpolation` besides.
     """
     pair = torch.arange(0, head_dim, 2, dtype=torch.float32)
     theta = rope.theta * rope.factor ** (head_dim / max(head_dim - 2, 1)) if rope.scaling is RopeScaling.NTK else rope.theta
@@ -41,7 +42,7 @@ def frequencies(head_dim: int, rope: RopeConfig) -> Tensor:
         kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
     else:
         return frequency
-    return frequency * kept + frequency / rope.factor * (1 - kept)
+    return (frequency * kept + frequency / rope.factor * (1 - kept)) / rope.interpolation
 
 
 def attention_factor(rope: RopeConfig) -> float:

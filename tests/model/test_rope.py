@@ -53,6 +53,15 @@ def test_frequencies_equal_transformers(length, factor, theta, head_dim):
         assert_equal(RopeConfig(scaling=LLAMA3, **stretched, **bounds), head_dim, theirs(*shape, "llama3", **same, **bounds))
 
 
+@pytest.mark.parametrize(("scaling", "kind"), [(YARN, "yarn"), (LLAMA3, "llama3")])
+def test_interpolation_divides_what_a_released_model_has(scaling, kind):
+    found, factor = theirs(
+        64, 5e5, 8192, kind, factor=8.0, original_max_position_embeddings=8192, low_freq_factor=1.0, high_freq_factor=4.0
+    )
+    rope = RopeConfig(theta=5e5, scaling=scaling, factor=8.0, original_max_seq_len=8192, interpolation=2.0)
+    assert_equal(rope, 64, (found / 2, factor))
+
+
 def test_ntk_divides_the_slowest_pair_by_the_factor_and_leaves_the_fastest():
     plain, ntk = (frequencies(64, rope) for rope in (RopeConfig(), RopeConfig(scaling=NTK, factor=8.0)))
     assert ntk[0] == plain[0] and plain[-1] / ntk[-1] == pytest.approx(8.0, rel=1e-5)
@@ -89,6 +98,8 @@ GOOD = {
     ("scaling", "change", "message"),
     [
         (RopeScaling.NONE, {"factor": 2.0}, r"^factor=2.0: scaling=none has no use for it; leave it out$"),
+        (LINEAR, {"interpolation": 2.0}, r"^interpolation=2.0: scaling=linear has no use for it"),
+        (LLAMA3, {"interpolation": 0.5}, r"^interpolation=0.5: must be at least 1$"),
         (LINEAR, {"original_max_seq_len": 5}, r"^original_max_seq_len=5: scaling=linear has no use for it"),
         (NTK, {"beta_fast": 16.0}, r"^beta_fast=16.0: scaling=ntk has no use for it"),
         (YARN, {"low_freq_factor": 2.0}, r"^low_freq_factor=2.0: scaling=yarn has no use for it"),
@@ -116,6 +127,7 @@ def test_settings_that_do_not_go_together_are_refused(scaling, change, message):
         (RopeConfig(scaling=NTK, factor=2.0), "full", 2000),
         (RopeConfig(scaling=YARN, factor=4.0, original_max_seq_len=1000), "full", 4000),
         (RopeConfig(scaling=LLAMA3, factor=8.0, original_max_seq_len=100), "full", 1000),
+        (RopeConfig(scaling=LLAMA3, factor=8.0, original_max_seq_len=100, interpolation=2.0), "full", 2000),
         (RopeConfig(nope="every 2"), "every 2 moba, rest sliding(1001)", 1000),
         (RopeConfig(nope="last 1"), "last 2 moba, rest sliding(256)", 1000),
     ],
