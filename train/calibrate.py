@@ -61,9 +61,7 @@ def _measure_stage(config: PlanConfig, plan: StagePlan, index: int, device: torc
         except torch.cuda.OutOfMemoryError:
             raise ConfigError(f"measure=true: two layers of {kind} at stages.{index}.seq_len={plan.stage.seq_len} do not fit") from None
         layers[kind] = LayerFigures(seconds=max(0.0, two.seconds - one.seconds), activations=two.activations - one.activations)
-        ends.append(
-            LayerFigures(seconds=max(0.0, 2 * one.seconds - two.seconds), activations=one.activations - layers[kind].activations)
-        )
+        ends.append(LayerFigures(seconds=max(0.0, 2 * one.seconds - two.seconds), activations=one.activations - layers[kind].activations))
     rest = min(ends, key=lambda figures: figures.seconds)
     return StageFigures(
         layers=layers,

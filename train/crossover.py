@@ -30,7 +30,8 @@ class Crossover:
 
     def __str__(self) -> str:
         if self.is_bound:
-            return f"{self.attention} from somewhere between {reach(self.attention):,} tokens, up to which it is full attention, and {self.length:,}"
+            least = f"{reach(self.attention):,} tokens, up to which it is full attention"
+            return f"{self.attention} from somewhere between {least}, and {self.length:,}"
         return f"{self.attention} from about {self.length:,} tokens"
 
 

@@ -192,8 +192,9 @@ def _stage_notes(config: PlanConfig, plan: StagePlan, index: int) -> list[str]:
     for kind in dict.fromkeys(plan.attention):
         if effective(kind, plan.stage.seq_len) != kind:
             notes.append(
-                f"stages.{index}.attention: {kind} sees up to {reach(kind):,} tokens, rows of stages.{index}.seq_len={plan.stage.seq_len:,} "
-                "have no more: it is full attention there, and computed as such; see fewer or lengthen the rows to make it sparse"
+                f"stages.{index}.attention: {kind} sees up to {reach(kind):,} tokens, and rows of stages.{index}.seq_len="
+                f"{plan.stage.seq_len} have no more: it is full attention there, and computed as such; longer rows or smaller numbers "
+                "make it sparse"
             )
     memory = GPUS[config.gpu].memory
     if plan.memory > memory:

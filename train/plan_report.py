@@ -1,5 +1,6 @@
 """A plan as Markdown."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -19,7 +20,8 @@ def markdown(plan: Plan, measured: tuple[str, Sequence[StageFigures]] | None = N
     head = (
         f"# {config.name}: {_short(counts.total)} parameters ({_short(counts.non_embedding)} without embeddings), "
         f"{_short(config.total_tokens)} tokens in {config.total_steps:,} steps, {_days(sum(stage.days for stage in plan.stages))}\n\n"
-        f"{config.num_gpus} × {config.gpu}, mfu {config.mfu:g} of {GPUS[config.gpu].peak_flops / 1e12:,.0f} TFLOP/s, ZeRO {zero}, {precision}. "
+        f"{config.num_gpus} × {config.gpu}, mfu {config.mfu:g} of {GPUS[config.gpu].peak_flops / 1e12:,.0f} TFLOP/s, ZeRO {zero}, "
+        f"{precision}.\n"
         "Rows are reckoned as one document each, the most that they can cost."
     )
     parts = [head, _stages(plan), _cost(plan), _memory(plan)]
@@ -47,7 +49,7 @@ def describe_layers(attention: Sequence[LayerAttention]) -> str:
 
 
 def _ranges(layers: Sequence[int]) -> str:
-    if len(layers) > 2 and layers[1] - layers[0] > 1 and len({b - a for a, b in zip(layers, layers[1:])}) == 1:
+    if len(layers) > 2 and layers[1] - layers[0] > 1 and len({b - a for a, b in itertools.pairwise(layers)}) == 1:
         return f"{layers[0]}, {layers[1]}, … {layers[-1]}"
     runs: list[list[int]] = []
     for layer in layers:

@@ -6,13 +6,12 @@ import re
 import pytest
 import yaml
 
-from configs.checks import check_run
 from configs.layers import LayerAttention
 from configs.registry import CONFIG_DIR, compose
 from configs.schema import ConfigError, ModelConfig, ParallelConfig, PlanConfig, Precision
 from model.accounting import parameter_counts
 from tests.train.engine_bytes import LAYOUTS, MODEL, count
-from tests.train.helpers import corpus_config, launch
+from tests.train.helpers import launch
 from train import crossover as crossover_module
 from train.calibrate import calibrate
 from train.crossover import crossover
@@ -25,7 +24,8 @@ EXPERIMENTS = sorted(path.stem for path in CONFIG_DIR.glob("experiment/*.yaml"))
 
 
 def _config(*overrides: str) -> PlanConfig:
-    return compose(PlanConfig, config_name="train", overrides=overrides)
+    """Of a run whose corpus is not prepared, whatever this checkout has, unless `overrides` say otherwise."""
+    return compose(PlanConfig, config_name="train", overrides=["data.prepared_dir=nowhere", *overrides])
 
 
 def _plan(*overrides: str) -> Plan:
@@ -70,7 +70,7 @@ ONE_LAYER = ("model=tiny", "model.num_layers=1", "stages.0.seq_len=512", "stages
 
 def test_flops_time_and_tokens_by_brute_force():
     """Every (query, key) pair of every row counted one by one, every matrix by its sides."""
-    plan = _plan(*ONE_LAYER, "attention.rule=moba(64, 3)".replace("=", "='", 1) + "'", "num_gpus=2", "gpu=A100", "mfu=0.5")
+    plan = _plan(*ONE_LAYER, "attention.rule='moba(64, 3)'", "num_gpus=2", "gpu=A100", "mfu=0.5")
     (stage,) = plan.stages
     seen = sum(sum(1 for key in range(query + 1) if key // 64 == query // 64) + 64 * min(query // 64, 2) for query in range(512))
     scored = sum(query // 64 for query in range(512))
@@ -157,7 +157,9 @@ def test_counted_in_flops_the_crossover_is_where_fewer_are_executed(block_size, 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_is_planned_and_takes_the_time_it_states(name):
     text = (CONFIG_DIR / "experiment" / f"{name}.yaml").read_text()
-    stated = re.search(r"^# Expected: (?P<days>[\d.]+) days on (?P<gpus>\d+) (?P<gpu>\w+) at an MFU of (?P<mfu>\d\.\d+)", text, re.MULTILINE)
+    stated = re.search(
+        r"^# Expected: (?P<days>[\d.]+) days on (?P<gpus>\d+) (?P<gpu>\w+) at an MFU of (?P<mfu>\d\.\d+)", text, re.MULTILINE
+    )
     where = [f"num_gpus={stated['gpus']}", f"gpu={stated['gpu']}", f"mfu={stated['mfu']}"] if stated else ["num_gpus=1"]
     assert stated or name.endswith("_small") or name == "quickstart"
     plan = make_plan(_config(f"experiment={name}", *where))
@@ -181,16 +183,18 @@ def test_the_papers_recipe_is_as_the_paper_has_it():
 
 
 def test_a_stage_that_moba_does_not_thin_out_and_one_that_does_not_fit_are_said():
-    plan = _plan("model=paper_1b5", "stages.0.seq_len=32768", "stages.0.batch_tokens=32768", "attention.block_size=4096", "attention.topk=12")
+    plan = _plan(
+        "model=paper_1b5", "stages.0.seq_len=32768", "stages.0.batch_tokens=32768", "attention.block_size=4096", "attention.topk=12"
+    )
     said = "\n".join(plan.notes)
-    assert "stages.0.attention: moba(4096, 12) sees up to 49,152 tokens, rows of stages.0.seq_len=32,768 have no more" in said
+    assert "stages.0.attention: moba(4096, 12) sees up to 49,152 tokens, and rows of stages.0.seq_len=32768 have no more" in said
     assert re.search(r"stages.0: needs \d+ GB a GPU, H200 has 141 GB; most of it are activations, \d+ GB: parallel.precision=bf16 or", said)
     assert plan.stages[0].flops.executed == plan.stages[0].flops.dense_equivalent
 
 
 def test_a_prepared_corpus_is_checked_as_training_does(corpus):
     prepared = f"data.prepared_dir={corpus}"
-    assert "not prepared" in " ".join(_plan("data.prepared_dir=nowhere").notes)
+    assert "not prepared" in " ".join(_plan().notes)
     assert "not prepared" not in " ".join(_plan("model=tiny", "stages.0.seq_len=512", prepared).notes)
     with pytest.raises(ConfigError, match=r"model.vocab_size=300: is smaller than the \d+ tokens of"):
         _plan("model=tiny", "stages.0.seq_len=512", "model.vocab_size=300", prepared)
