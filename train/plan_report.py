@@ -94,12 +94,12 @@ def _cost(plan: Plan) -> str:
         [
             [
                 stage.stage.name,
-                f"{stage.flops.executed * stage.stage.steps / 1e18:,.4g}",
-                f"{stage.flops.dense_equivalent * stage.stage.steps / 1e18:,.4g}",
+                _digits(stage.flops.executed * stage.stage.steps / 1e18),
+                _digits(stage.flops.dense_equivalent * stage.stage.steps / 1e18),
                 f"{stage.flops.executed / stage.flops.dense_equivalent:.3f}",
-                f"{stage.seconds:,.3g}",
+                _digits(stage.seconds),
                 f"{stage.stage.batch_tokens / stage.seconds / plan.config.num_gpus:,.0f}",
-                f"{stage.days:,.3g}",
+                _digits(stage.days),
             ]
             for stage in plan.stages
         ],
@@ -107,10 +107,10 @@ def _cost(plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    columns = ["weights", "gradients", "optimizer", "activations", "logits", "a layer's backward", "of it gate and slots", "at the peak"]
+    columns = ["weights", "gradients", "optimizer", "activations", "logits", "a layer's backward", "gate and slots", "at the peak"]
     return table(["GB a GPU", *columns, f"of {plan.config.gpu}"], [_memory_row(plan, stage) for stage in plan.stages]) + (
-        "\n\nThe peak has the larger of logits and a layer's backward: one is over when the other begins. "
-        "The CUDA context and fragmentation come on top."
+        "\n\nThe peak has the larger of logits and a layer's backward, of which one is over when the other begins. Gate and slots of MoBA are "
+        "part of the latter, before what the FFN has let go of is taken off. The CUDA context and fragmentation come on top."
     )
 
 
@@ -131,14 +131,14 @@ def _crossovers(plan: Plan) -> str:
 def _measured(plan: Plan, device: str, figures: Sequence[StageFigures]) -> str:
     rows = []
     for stage, found in zip(plan.stages, figures, strict=True):
-        layers = ", ".join(f"{kind} {1e3 * layer.seconds:,.3g} ms" for kind, layer in found.layers.items())
+        layers = ", ".join(f"{kind} {_digits(1e3 * layer.seconds)} ms" for kind, layer in found.layers.items())
         rows.append(
             [
                 stage.stage.name,
-                f"{layers}; ends {1e3 * found.ends.seconds:,.3g} ms",
-                f"{found.step_seconds:,.3g}",
-                f"{stage.seconds:,.3g}",
-                f"{stage.flops.executed / plan.config.num_gpus / max(found.step_seconds, 1e-12) / 1e12:,.3g}",
+                f"{layers}; ends {_digits(1e3 * found.ends.seconds)} ms",
+                _digits(found.step_seconds),
+                _digits(stage.seconds),
+                _digits(stage.flops.executed / plan.config.num_gpus / max(found.step_seconds, 1e-12) / 1e12),
                 _gb(found.activations),
                 _gb(found.reckoned),
             ]
@@ -149,9 +149,13 @@ def _measured(plan: Plan, device: str, figures: Sequence[StageFigures]) -> str:
     )
 
 
+def _digits(value: float) -> str:
+    """Three digits, or all before the point: 0.0123, 4.13, 5,723."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _gb(size: float) -> str:
-    """Three digits of 10^9 bytes."""
-    return f"{size / 1e9:,.3g}" if size < 1e12 else f"{size / 1e9:,.0f}"
+    return _digits(size / 1e9)
 
 
 def _short(count: float) -> str:
@@ -161,4 +165,4 @@ def _short(count: float) -> str:
 
 
 def _days(days: float) -> str:
-    return f"{days:,.3g} days" if days >= 1 else f"{24 * days:.3g} hours" if days > 1 / 24 else f"{1440 * days:.3g} minutes"
+    return f"{_digits(days)} days" if days >= 1 else f"{24 * days:.3g} hours" if days > 1 / 24 else f"{1440 * days:.3g} minutes"
