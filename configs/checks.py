@@ -37,12 +37,13 @@ def check_stage(run: RunConfig, stage: StageConfig, index: int, world_size: int)
             f"{key}.seq_len={stage.seq_len}: is beyond the positions RoPE is set up for, model.max_seq_len={max_seq_len}{scaled}; "
             f"shorten the rows, set {key}.rope.scaling and a factor of {factor}, or raise max_seq_len"
         )
-    together = world_size * run.parallel.micro_batch_rows
+    micro_batch_rows = run.micro_batch_rows(stage, world_size)
+    together = world_size * micro_batch_rows
     if stage.rows % together != 0:
         near = max(1, round(stage.rows / together)) * together * stage.seq_len
         raise ConfigError(
             f"{key}.batch_tokens={stage.batch_tokens}: is {stage.rows} rows of {stage.seq_len}, which {world_size} ranks × "
-            f"parallel.micro_batch_rows={run.parallel.micro_batch_rows} = {together} does not divide; {near} is the nearest that it does"
+            f"parallel.micro_batch_rows={micro_batch_rows} = {together} does not divide; {near} is the nearest that it does"
         )
 
 

@@ -12,10 +12,10 @@ import torch
 
 from configs.layers import LayerAttention
 from configs.schema import ConfigError, PlanConfig, Precision, StageConfig
-from model.memory import effective, pass_bytes
+from model.memory import effective
 from model.transformer import Transformer
 from train.distributed import choose_device
-from train.plan import Plan, StagePlan, itemsize, micro_batch_bytes, triton_serves
+from train.plan import Plan, StagePlan, micro_batch_bytes
 
 REPEATS = 3  # after one call to warm up; the fastest counts
 
@@ -68,21 +68,13 @@ def _measure_stage(config: PlanConfig, plan: StagePlan, index: int, device: torc
         ends=rest,
         step_seconds=plan.micro_batches * (rest.seconds + sum(layers[kind].seconds for kind in kinds)),
         activations=rest.activations + sum(layers[kind].activations for kind in kinds),
-        reckoned=micro_batch_bytes(config, plan.stage, gpu=device.type == "cuda").activations,
+        reckoned=micro_batch_bytes(config, plan.stage, plan.attention, gpu=device.type == "cuda").activations,
     )
 
 
 def _check_room(config: PlanConfig, stage: StageConfig, kind: LayerAttention, index: int, device: torch.device) -> None:
     gpu = device.type == "cuda"
-    held = pass_bytes(
-        config.model,
-        (kind, kind),
-        rows=config.parallel.micro_batch_rows,
-        seq_len=stage.seq_len,
-        itemsize=itemsize(config.parallel),
-        gpu=gpu,
-        triton=gpu and triton_serves(config, stage, (kind,)),
-    )
+    held = micro_batch_bytes(config, stage, (kind, kind), gpu=gpu)
     free = torch.cuda.mem_get_info(device)[0] if gpu else _available_memory()
     if held.peak > free:
         raise ConfigError(
@@ -101,7 +93,7 @@ def _measure(config: PlanConfig, stage: StageConfig, attention: tuple[LayerAtten
     with device:
         model = Transformer(shape, attention, stage.rope, stage.attention.backend.value)
     model.to(torch.bfloat16 if config.parallel.precision is Precision.BF16 else torch.float32)
-    rows = config.parallel.micro_batch_rows
+    rows = config.micro_batch_rows(stage, config.num_gpus)
     num_tokens = rows * stage.seq_len
     tokens = torch.randint(shape.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0)).to(device)
     positions = torch.arange(stage.seq_len, device=device).repeat(rows)

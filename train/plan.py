@@ -79,6 +79,8 @@ class StagePlan:
 
     stage: StageConfig
     attention: tuple[LayerAttention, ...]
+    micro_batch_rows: int
+    """Rows in one forward pass of a rank."""
     micro_batches: int
     """Forward passes of a rank in a step."""
     flops: TrainingFlops
@@ -148,11 +150,13 @@ def check_plan(config: PlanConfig) -> str:
 
 def _plan_stage(config: PlanConfig, stage: StageConfig) -> StagePlan:
     attention = stage.attention.per_layer(config.model.num_layers)
-    micro_batches = stage.rows // (config.num_gpus * config.parallel.micro_batch_rows)
+    micro_batch_rows = config.micro_batch_rows(stage, config.num_gpus)
+    micro_batches = stage.rows // (config.num_gpus * micro_batch_rows)
     flops = training_flops(config.model, attention, [stage.seq_len] * stage.rows)
     return StagePlan(
         stage=stage,
         attention=attention,
+        micro_batch_rows=micro_batch_rows,
         micro_batches=micro_batches,
         flops=flops,
         seconds=flops.executed / (config.num_gpus * GPUS[config.gpu].peak_flops * config.mfu),
@@ -162,25 +166,24 @@ def _plan_stage(config: PlanConfig, stage: StageConfig) -> StagePlan:
             world_size=config.num_gpus,
             accumulates=micro_batches > 1,
         ),
-        held=micro_batch_bytes(config, stage, gpu=True),
+        held=micro_batch_bytes(config, stage, attention, gpu=True),
     )
 
 
-def micro_batch_bytes(config: RunConfig, stage: StageConfig, *, gpu: bool) -> PassBytes:
-    """What one micro-batch of a stage holds on one rank."""
-    attention = stage.attention.per_layer(config.model.num_layers)
+def micro_batch_bytes(config: PlanConfig, stage: StageConfig, attention: Sequence[LayerAttention], *, gpu: bool) -> PassBytes:
+    """What one micro-batch of a stage holds on one rank, in a model whose layers have `attention`."""
     return pass_bytes(
         config.model,
         attention,
-        rows=config.parallel.micro_batch_rows,
+        rows=config.micro_batch_rows(stage, config.num_gpus),
         seq_len=stage.seq_len,
         itemsize=itemsize(config.parallel),
         gpu=gpu,
-        triton=gpu and triton_serves(config, stage, attention),
+        triton=gpu and _triton_serves(config, stage, attention),
     )
 
 
-def triton_serves(config: RunConfig, stage: StageConfig, attention: Sequence[LayerAttention]) -> bool:
+def _triton_serves(config: RunConfig, stage: StageConfig, attention: Sequence[LayerAttention]) -> bool:
     """Whether `backend` comes to Triton on a GPU: what `model.ops.moba.triton.limits` refuses, `auto` gives to torch."""
     chosen = stage.attention.backend in (AttentionBackend.AUTO, AttentionBackend.TRITON)
     fits = config.model.head_dim in HEAD_DIMS and config.parallel.precision is Precision.BF16
@@ -202,8 +205,8 @@ def _stage_notes(config: PlanConfig, plan: StagePlan, index: int) -> list[str]:
             "weights": (plan.states.weights, "ZeRO 3 or more GPUs"),
             "gradients": (plan.states.gradients, "ZeRO 2 or 3"),
             "optimizer": (plan.states.optimizer, "ZeRO 1 or higher, or more GPUs"),
-            "activations": (plan.held.activations, _fewer_rows(config)),
-            "logits": (plan.held.logits, _fewer_rows(config)),
+            "activations": (plan.held.activations, _fewer_rows(config, plan)),
+            "logits": (plan.held.logits, _fewer_rows(config, plan)),
         }
         largest, (size, remedy) = max(parts.items(), key=lambda part: part[1][0])
         notes.append(
@@ -213,7 +216,8 @@ def _stage_notes(config: PlanConfig, plan: StagePlan, index: int) -> list[str]:
     return notes
 
 
-def _fewer_rows(config: PlanConfig) -> str:
+def _fewer_rows(config: PlanConfig, plan: StagePlan) -> str:
     bf16 = [] if config.parallel.precision is Precision.BF16 else ["parallel.precision=bf16"]
-    rows = ["a lower parallel.micro_batch_rows"] if config.parallel.micro_batch_rows > 1 else []
+    key = "micro_batch_tokens" if config.parallel.micro_batch_tokens else "micro_batch_rows"
+    rows = [f"a lower parallel.{key}"] if plan.micro_batch_rows > 1 else []
     return " or ".join([*bf16, *rows, "shorter rows"])

@@ -78,7 +78,7 @@ def _stages(plan: Plan) -> str:
                 _short(stage.tokens),
                 f"{stage.stage.steps:,}",
                 _short(stage.stage.batch_tokens),
-                f"{stage.micro_batches} × {plan.config.parallel.micro_batch_rows} rows",
+                f"{stage.micro_batches} × {stage.micro_batch_rows} rows",
                 describe_layers(stage.attention),
                 describe_rope(stage.stage.rope),
             ]
@@ -109,8 +109,8 @@ def _cost(plan: Plan) -> str:
 def _memory(plan: Plan) -> str:
     columns = ["weights", "gradients", "optimizer", "activations", "logits", "a layer's backward", "gate and slots", "at the peak"]
     return table(["GB a GPU", *columns, f"of {plan.config.gpu}"], [_memory_row(plan, stage) for stage in plan.stages]) + (
-        "\n\nThe peak has the larger of logits and a layer's backward, of which one is over when the other begins. Gate and slots of MoBA are "
-        "part of the latter, before what the FFN has let go of is taken off. The CUDA context and fragmentation come on top."
+        "\n\nThe peak has the larger of logits and a layer's backward, of which one is over when the other begins. Gate and slots of MoBA "
+        "are part of the latter, before what the FFN has let go of is taken off. The CUDA context and fragmentation come on top."
     )
 
 

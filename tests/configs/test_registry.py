@@ -278,3 +278,16 @@ def test_places_follow_the_stages():
 
 def test_paths_mean_the_same_from_everywhere():
     assert CONFIG_DIR.is_absolute() and Path(CONFIG_DIR.parent, "train", "main.py").is_file()
+
+
+def test_micro_batches_follow_the_rows_and_the_ranks():
+    run = _run("model=paper_1b5", "parallel.micro_batch_tokens=32768", "stages.0.batch_tokens=98304")
+    stages = [replace(run.stages[0], seq_len=length) for length in (2048, 8192, 32768)]
+    assert [run.micro_batch_rows(stage, 1) for stage in stages] == [16, 4, 1]  # of 48, 12 and 3 rows
+    assert [run.micro_batch_rows(stage, 3) for stage in stages] == [16, 4, 1]
+    assert run.micro_batch_rows(stages[1], 4) == 3 and run.micro_batch_rows(stages[1], 6) == 2  # what fits and divides the share
+    check_run(replace(run, stages=tuple(stages)), world_size=3)
+    with pytest.raises(ConfigError, match=r"stages.2.batch_tokens=98304: is 3 rows of 32768, which 4 ranks × .*=1 = 4 does not divide"):
+        check_run(replace(run, stages=tuple(stages)), world_size=4)
+    with pytest.raises(ConfigError, match=r"^parallel.micro_batch_tokens=4096: leave it out, or micro_batch_rows=2$"):
+        _run("parallel.micro_batch_tokens=4096", "parallel.micro_batch_rows=2")

@@ -155,3 +155,23 @@ def test_a_branch_whose_learning_rate_would_drop_is_refused(stable, corpus, rank
     with pytest.raises(ConfigError, match=message):
         train(make_run(corpus, tmp_path / "run", *WSD, f"resume={stable / 'step_00000006'}", *changes), ranks)
     assert not (tmp_path / "run").exists()
+
+
+# --- micro-batches --------------------------------------------------------------------------------------------------------------------
+
+
+def test_each_stage_takes_the_rows_that_fit(corpus, ranks, tmp_path, monkeypatch):
+    shapes = []
+    plain = Engine.micro_step
+
+    def micro_step(self, batch, *, weight, last):
+        shapes.append(tuple(batch.tokens.shape))
+        return plain(self, batch, weight=weight, last=last)
+
+    monkeypatch.setattr(Engine, "micro_step", micro_step)
+    run = make_run(corpus, tmp_path / "run", "parallel.micro_batch_tokens=300")  # two rows of 128, one of 256 or 512
+    short = replace(run.stages[0], tokens=STEP)
+    stages = (short, replace(short, name="longer", seq_len=256), replace(short, name="longest", seq_len=512))
+    train(replace(run, stages=stages), ranks)
+    assert shapes == [(1, 512), (2, 128), (2, 128), (1, 256), (1, 256), (1, 512)]  # the dry run first, with the largest
+    assert [step for step, _, _ in steps(tmp_path / "run")] == [1, 2, 3]
