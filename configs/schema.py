@@ -31,7 +31,8 @@ class Device(Enum):
 
 
 class AttentionBackend(Enum):
-    """Implementation of MoBA: `auto` chooses by device, `reference` is the O(T²) specification (full layers use theirs too)."""
+    """Implementation of MoBA: `auto` chooses by device, `reference` is the O(T²) specification; full and sliding layers use theirs of
+    that name, or what `auto` takes."""
 
     AUTO = "auto"
     REFERENCE = "reference"

@@ -10,7 +10,7 @@ from configs.schema import ConfigError, OptimConfig, ScheduleKind
 
 
 def parameter_family(name: str, parameter: torch.Tensor) -> str:
-    """`norm`, `bias`, `embedding` or `matrix`, from a parameter's dotted name."""
+    """`norm`, `bias`, `embedding` or `matrix` (key convolutions too), from a parameter's dotted name."""
     if name.endswith(".bias"):
         return "bias"
     if "norm" in name:
