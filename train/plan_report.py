@@ -143,7 +143,7 @@ def _measured(plan: Plan, device: str, figures: Sequence[StageFigures]) -> str:
                 _gb(found.reckoned),
             ]
         )
-    columns = ["s a step", "planned", "TFLOP/s executed", "activations GB", "reckoned for this device"]
+    columns = ["s a step", f"planned for {plan.config.gpu}", "TFLOP/s executed", "activations GB", "reckoned for this device"]
     return f"Measured on {device}, one rank's micro-batches, without optimizer and communication:\n\n" + table(
         ["stage", "forward + backward of a layer and micro-batch", *columns], rows
     )
