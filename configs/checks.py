@@ -6,7 +6,14 @@ from configs.schema import ConfigError, RunConfig, StageConfig
 
 
 def check_run(run: RunConfig, *, world_size: int) -> None:
-    """Raises ConfigError where stages do not fit the model, the micro-batch or the number of ranks."""
+    """Raises ConfigError where stages do not fit the model, the micro-batch or the number of ranks, or the schedule not the stages."""
+    total, warmup, decay = run.total_tokens, run.optim.warmup(run.total_tokens), run.optim.decay(run.total_tokens)
+    if warmup + decay > total:
+        key, given = ("decay_tokens", run.optim.decay_tokens) if run.optim.decay_tokens else ("warmup_tokens", run.optim.warmup_tokens)
+        raise ConfigError(
+            f"optim.{key}={given}: warm-up of {warmup:.0f} and decay of {decay:.0f} tokens are more than the {total} of all stages; "
+            f"set {key} to at most {max(0, int(total - (warmup if key == 'decay_tokens' else decay)))}, or lengthen a stage"
+        )
     for index, stage in enumerate(run.stages):
         check_stage(run, stage, index, world_size)
 
@@ -30,11 +37,13 @@ def check_stage(run: RunConfig, stage: StageConfig, index: int, world_size: int)
             f"{key}.seq_len={stage.seq_len}: is beyond the positions RoPE is set up for, model.max_seq_len={max_seq_len}{scaled}; "
             f"shorten the rows, set {key}.rope.scaling and a factor of {factor}, or raise max_seq_len"
         )
-    together = world_size * run.parallel.micro_batch_rows
+    micro_batch_rows = run.micro_batch_rows(stage, world_size)
+    together = world_size * micro_batch_rows
     if stage.rows % together != 0:
+        near = max(1, round(stage.rows / together)) * together * stage.seq_len
         raise ConfigError(
             f"{key}.batch_tokens={stage.batch_tokens}: is {stage.rows} rows of {stage.seq_len}, which {world_size} ranks × "
-            f"parallel.micro_batch_rows={run.parallel.micro_batch_rows} = {together} does not divide"
+            f"parallel.micro_batch_rows={micro_batch_rows} = {together} does not divide; {near} is the nearest that it does"
         )
 
 

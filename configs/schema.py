@@ -309,7 +309,10 @@ class StageConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "tokens", "seq_len", "batch_tokens")
         _require(self.lr_scale > 0, "lr_scale", self.lr_scale, "must be positive")
-        _require(self.batch_tokens % self.seq_len == 0, "batch_tokens", self.batch_tokens, f"must be a multiple of seq_len={self.seq_len}")
+        below = self.batch_tokens // self.seq_len * self.seq_len
+        near = f"{below} and {below + self.seq_len} are" if below else f"{self.seq_len} is the least"
+        divides = self.batch_tokens == below
+        _require(divides, "batch_tokens", self.batch_tokens, f"must be a multiple of seq_len={self.seq_len}; {near}")
 
     @property
     def rows(self) -> int:
@@ -420,16 +423,20 @@ class OptimConfig:
     schedule: ScheduleKind = ScheduleKind.COSINE
     """cosine, wsd (warm-up, stable, decay), linear or constant, over the whole run's tokens."""
     warmup_fraction: float = 0.02
-    """Share of the run's tokens with a linear rise from 0."""
+    """Share of the run's tokens with a linear rise from 0, unless warmup_tokens is given."""
+    warmup_tokens: int = 0
+    """The same in tokens, so that it does not move with the length of the run; 0 leaves it to warmup_fraction."""
     decay_fraction: float = 0.2
-    """Share of the run's tokens with the final linear fall, for wsd."""
+    """Share of the run's tokens with the final linear fall, for wsd, unless decay_tokens is given."""
+    decay_tokens: int = 0
+    """The same in tokens, for branches of any length off a stable stretch; 0 leaves it to decay_fraction."""
     min_lr_ratio: float = 0.1
     """Final learning rate as a share of the peak, for cosine, wsd and linear."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "lr", self.lr, "must be positive")
         _require(self.eps > 0, "eps", self.eps, "must be positive")
-        _at_least(self, 0, "weight_decay", "clip_norm")
+        _at_least(self, 0, "weight_decay", "clip_norm", "warmup_tokens", "decay_tokens")
         for key in ("beta1", "beta2"):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "must lie in [0, 1)")
         _fraction(self, "warmup_fraction", "decay_fraction", "min_lr_ratio")
@@ -437,6 +444,16 @@ class OptimConfig:
             _require(family in ("norm", "bias", "embedding"), "no_decay", family, "accepted: norm, bias, embedding")
         together = self.warmup_fraction + (self.decay_fraction if self.schedule is ScheduleKind.WSD else 0)
         _require(together <= 1, "warmup_fraction + decay_fraction", together, "must not exceed 1")
+        unused = self.decay_tokens > 0 and self.schedule is not ScheduleKind.WSD
+        _require(not unused, "decay_tokens", self.decay_tokens, f"only schedule=wsd decays over set tokens, this is {self.schedule.value}")
+
+    def warmup(self, total_tokens: int) -> float:
+        """Tokens of the warm-up in a run of `total_tokens`."""
+        return self.warmup_tokens or self.warmup_fraction * total_tokens
+
+    def decay(self, total_tokens: int) -> float:
+        """Tokens of the final fall in a run of `total_tokens`: for wsd, else 0."""
+        return (self.decay_tokens or self.decay_fraction * total_tokens) if self.schedule is ScheduleKind.WSD else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -446,13 +463,19 @@ class ParallelConfig:
     zero_stage: int = 1
     """DeepSpeed ZeRO stage: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters sharded."""
     micro_batch_rows: int = 1
-    """Rows in one forward pass on one rank."""
+    """Rows in one forward pass on one rank, unless micro_batch_tokens is given."""
+    micro_batch_tokens: int = 0
+    """Tokens in one forward pass on one rank, at most, but a row at least: each stage takes as many of its rows as fit and divide the
+    rank's share of a step; 0 leaves it to micro_batch_rows."""
     precision: Precision = Precision.FP32
     """fp32 or bf16."""
 
     def __post_init__(self) -> None:
         _require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "accepted: 0, 1, 2, 3")
         _at_least(self, 1, "micro_batch_rows")
+        _at_least(self, 0, "micro_batch_tokens")
+        one_of = self.micro_batch_rows == 1 or not self.micro_batch_tokens
+        _require(one_of, "micro_batch_tokens", self.micro_batch_tokens, f"leave it out, or micro_batch_rows={self.micro_batch_rows}")
         # DeepSpeed 0.19's bf16 path without ZeRO starts Adam's step counter one too high: first updates about 0.73 of what they should be.
         _require(not (self.zero_stage == 0 and self.precision is Precision.BF16), "zero_stage", 0, "bf16 needs ZeRO 1, 2 or 3")
 
@@ -553,6 +576,33 @@ class RunConfig:
     def total_tokens(self) -> int:
         """Tokens of all stages, rounded up to whole steps."""
         return sum(stage.steps * stage.batch_tokens for stage in self.stages)
+
+    def micro_batch_rows(self, stage: StageConfig, world_size: int) -> int:
+        """Rows in one forward pass of a rank in this stage."""
+        if not self.parallel.micro_batch_tokens:
+            return self.parallel.micro_batch_rows
+        share = max(1, stage.rows // world_size)
+        most = max(1, self.parallel.micro_batch_tokens // stage.seq_len)
+        return max(rows for rows in range(1, min(most, share) + 1) if share % rows == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(RunConfig):
+    """`scripts.plan`: a training run, and what it is planned for."""
+
+    num_gpus: int = 8
+    """GPUs, one rank each."""
+    gpu: str = "H200"
+    """Kind of GPU, one of those in `train/gpus.py`."""
+    mfu: float = 0.4
+    """Share of the GPUs' bf16 peak at which executed FLOPs run (`mfu_executed` in a run's figures)."""
+    measure: bool = False
+    """Also time the layers' shapes on this machine's device and count what they hold."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "num_gpus")
+        _require(0 < self.mfu <= 1, "mfu", self.mfu, "must lie in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)

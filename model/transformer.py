@@ -17,7 +17,7 @@ from model.rope import rotary_table
 
 IGNORE = -100
 # Logits held at once while the loss is taken, in elements (1 GiB in fp32): 128K tokens x 128K words would be 64 GiB.
-_LOGITS_BUDGET = 1 << 28
+LOGITS_BUDGET = 1 << 28
 
 
 class Block(nn.Module):
@@ -93,7 +93,7 @@ class Transformer(nn.Module):
 
     def _losses(self, x: Tensor, labels: Tensor) -> Tensor:
         """fp32 `[N]`; in pieces, whose logits the backward pass computes again, where all logits would not fit."""
-        size = max(1, _LOGITS_BUDGET // self.config.vocab_size)
+        size = max(1, LOGITS_BUDGET // self.config.vocab_size)
         if len(x) <= size:
             return self._piece_losses(x, labels)
         pieces = zip(x.split(size), labels.split(size), strict=True)

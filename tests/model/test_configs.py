@@ -22,6 +22,8 @@ SIZES = {  # millions of parameters: without embeddings, total
     "paper_2b1": (2101.5, 2193.8),
     "flashmoba_340m": (308.33, 341.10),
     "flashmoba_1b": (1610.7, 1676.2),
+    "llama_8b": (6979.3, 8030.3),
+    "qwen2_7b": (6525.6, 7615.6),
     "llama_1b9": (1586.1, 1914.4),
 }
 PAPER = {"paper_545m": 545, "paper_822m": 822, "paper_1b1": 1100, "paper_1b5": 1500, "paper_2b1": 2100}
