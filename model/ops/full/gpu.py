@@ -1,0 +1,49 @@
+"""What the backends for GPUs take, and how they want it to lie in memory."""
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cudnn", "flash")
+DTYPES = (torch.bfloat16, torch.float16)
+# cuDNN takes up to 256 on some GPUs in some versions; up to here in all.
+_MAX_HEAD_DIM = {"cudnn": 128, "flash": 256}
+
+
+def refusal(backend: str, q: Tensor) -> str | None:
+    """Why a backend of `BACKENDS` cannot serve q `[T, Hq, D]`: the argument, its value and what is accepted; None if it can."""
+    head_dim = q.shape[-1]
+    if not q.is_cuda:
+        return f"q is on {q.device}; accepted: a CUDA device"
+    if q.dtype not in DTYPES:
+        return f"q has dtype {q.dtype}; accepted: {', '.join(map(str, DTYPES))}"
+    if head_dim % 8 or head_dim > _MAX_HEAD_DIM[backend]:
+        return f"q has head dimension {head_dim}; accepted: multiples of 8 up to {_MAX_HEAD_DIM[backend]}"
+    if compute_capability(q.device) < (8, 0):
+        return f"q is on a GPU of compute capability {compute_capability(q.device)}; accepted: (8, 0) and later"
+    if not _is_built(backend):
+        return f"torch is {torch.__version__}, built without it; accepted: a build with it"
+    if backend == "cudnn" and _is_deterministic():
+        return "torch.use_deterministic_algorithms is True; accepted: False, as its backward pass adds in no fixed order"
+    return None
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x itself, or a copy where its rows are not dense or begin on no 16 bytes, which the kernels' loads ask for."""
+    *outer, last = x.stride()
+    begins = (x.storage_offset(), *outer)
+    return x if last == 1 and all(step * x.element_size() % 16 == 0 for step in begins) else x.clone(memory_format=torch.contiguous_format)
+
+
+@torch.compiler.assume_constant_result
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Of a CUDA device: (9, 0) is Hopper."""
+    return torch.cuda.get_device_capability(device)
+
+
+@torch.compiler.assume_constant_result
+def _is_built(backend: str) -> bool:
+    return torch.backends.cudnn.is_available() if backend == "cudnn" else torch.backends.cuda.is_flash_attention_available()
+
+
+def _is_deterministic() -> bool:
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
