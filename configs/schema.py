@@ -186,13 +186,20 @@ class AttentionConfig:
     """Blocks a query sees, its own included, where the rule says plain `moba`."""
     backend: AttentionBackend = AttentionBackend.AUTO
     """auto, reference, torch or triton."""
+    workspace_mib: int = 1024
+    """Memory that the triton backend may hold of partial results beyond inputs, output and gradients, in MiB."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "block_size", "topk")
+        _at_least(self, 1, "block_size", "topk", "workspace_mib")
         try:
             parse_rule(self.rule, num_layers=None, block_size=self.block_size, topk=self.topk)
         except ValueError as error:
             raise ConfigError(f"rule={self.rule!r}: {error}") from None
+
+    @property
+    def workspace(self) -> int:
+        """`workspace_mib` in bytes."""
+        return self.workspace_mib << 20
 
     def per_layer(self, num_layers: int) -> tuple[LayerAttention, ...]:
         """The attention of layers 0..num_layers-1. Raises ConfigError where a clause names no layer or a layer has none."""

@@ -33,20 +33,25 @@ class Attention(nn.Module):
         cu_seqlens: Tensor,
         attention: LayerAttention,
         backend: str,
+        workspace: int,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """`[N, hidden]` to `[N, hidden]` over packed documents with bounds cu_seqlens int32 `[n+1]`.
 
-        `table` is `rotary_table` of the tokens' positions. With a `cache` x is one document's: all of its prompt where
-        the cache is empty, afterwards its next token.
+        `table` is `rotary_table` of the tokens' positions; `workspace` counts bytes, as in `moba_attention`. With a `cache`
+        x is one document's: all of its prompt where the cache is empty, afterwards its next token.
         """
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
+        q, k, v = self.project(x, table)
         if cache is not None:
             cache.append(k, v)
         if cache is None or cache.length == len(k):
-            return self.o_proj(_attend(q, k, v, cu_seqlens, attention, backend).flatten(1))
+            return self.o_proj(_attend(q, k, v, cu_seqlens, attention, backend, workspace).flatten(1))
         return self.o_proj(_attend_cached(q.squeeze(0), cache).flatten()[None])
+
+    def project(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What `forward` attends with: rotated q `[N, Hq, D]` and k `[N, Hkv, D]`, and v `[N, Hkv, D]`, of x `[N, hidden]`."""
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        return rotate(self.q_norm(q), table), rotate(self.k_norm(k), table), v
 
 
 def check_kinds(per_layer: tuple[LayerAttention, ...], backend: str) -> None:
@@ -58,14 +63,14 @@ def check_kinds(per_layer: tuple[LayerAttention, ...], backend: str) -> None:
         raise ValueError(f"backend={backend!r}; accepted: {', '.join(BACKENDS)}")
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, attention: LayerAttention, backend: str) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, attention: LayerAttention, backend: str, workspace: int) -> Tensor:
     """`[N, Hq, D]` from q `[N, Hq, D]`, k and v `[N, Hkv, D]`. A backend that one kind alone has is `auto` to the other."""
     if attention.kind == "full":
         name = backend if backend in full.BACKENDS else "auto"
         return full.full_attention(q, k, v, cu_seqlens=cu_seqlens, backend=name)
     name = backend if backend in moba.BACKENDS else "auto"
     sizes = {"block_size": attention.block_size, "topk": attention.topk}
-    return moba.moba_attention(q, k, v, **sizes, cu_seqlens=cu_seqlens, backend=name)
+    return moba.moba_attention(q, k, v, **sizes, cu_seqlens=cu_seqlens, backend=name, workspace=workspace)
 
 
 def _attend_cached(q: Tensor, cache: LayerCache) -> Tensor:

@@ -70,7 +70,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     documents = choose_documents(corpus, config)
     folder = _make_folder(config, checkpoint)
 
-    model = Transformer(trained.model, next(iter(settings.values())), stage.rope, config.backend.value)
+    model = Transformer(trained.model, next(iter(settings.values())), stage.rope, config.backend.value, stage.attention.workspace)
     model.load_state_dict(load_weights(checkpoint, zero_stage=trained.parallel.zero_stage))
     model.to(device, torch.bfloat16 if config.precision is Precision.BF16 else torch.float32).eval()
     report = {
