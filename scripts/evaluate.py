@@ -60,13 +60,13 @@ def main(config: EvaluateConfig) -> None:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """What evaluation.json holds, after it, the Markdown and the figure are written. Raises ConfigError before the long work."""
     device = choose_device(config.device)
-    checkpoint = _find(config)
+    checkpoint = find_checkpoint(config.checkpoint)
     state = read_state(checkpoint)
     trained = state.run()
     stage = place_of(trained, max(state.step - 1, 0)).stage  # of the last finished step
     settings = attention_settings(config, trained, stage)
     contexts = context_lengths(config, trained, stage)
-    corpus = open_corpus(config, state)
+    corpus = open_corpus(config.data, state)
     documents = choose_documents(corpus, config)
     folder = _make_folder(config, checkpoint)
 
@@ -93,9 +93,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return report
 
 
-def _find(config: EvaluateConfig) -> Path:
+def find_checkpoint(path: str) -> Path:
+    """The whole checkpoint that the key `checkpoint` names; damaged ones on the way are said. Raises ConfigError."""
     try:
-        return resolve(config.checkpoint, lambda text: print(text, file=sys.stderr))
+        return resolve(path, lambda text: print(text, file=sys.stderr))
     except ConfigError as error:
         raise ConfigError(f"checkpoint={error}") from None
 

@@ -72,9 +72,7 @@ def block_means(k: Tensor, layout: BlockLayout) -> Tensor:
     return to_blocks(k.detach(), layout).sum(dim=1, dtype=compute) / length[:, None, None]
 
 
-def select_blocks(
-    q: Tensor, k: Tensor, *, block_size: int, topk: int, cu_seqlens: Tensor | None = None, backend: str = "torch"
-) -> Tensor:
+def select_blocks(q: Tensor, k: Tensor, *, block_size: int, topk: int, cu_seqlens: Tensor | None = None, backend: str = "torch") -> Tensor:
     """The past blocks that each query attends to besides its own; no gradient.
 
     q `[T, Hq, D]`, k `[T, Hkv, D]`, cu_seqlens int32 `[n_docs+1]` or None (one document); `backend` "torch", or "triton" for
@@ -106,8 +104,9 @@ def _choose_by_kernel(q: Tensor, k: Tensor, bounds: list[int], block_size: int, 
     slots = min(num_past, blocks.max_past)
     if not slots:
         return torch.full((*q.shape[:2], num_past), -1, device=q.device)
-    sizes = {"heads": range(q.shape[1]), "group": q.shape[1] // k.shape[1], "num_past": slots}
-    chosen = gate.choose_blocks(q if q.stride(-1) == 1 else q.contiguous(), gate.block_means(k.contiguous(), blocks), blocks, **sizes)
+    heads, group = range(q.shape[1]), q.shape[1] // k.shape[1]
+    q, means = q if q.stride(-1) == 1 else q.contiguous(), gate.block_means(k.contiguous(), blocks)
+    chosen = gate.choose_blocks(q, means, blocks, heads=heads, group=group, num_past=slots)
     return torch.nn.functional.pad(chosen.transpose(0, 1).long(), (0, num_past - slots), value=-1)
 
 
