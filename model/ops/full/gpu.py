@@ -47,5 +47,6 @@ def _is_built(backend: str) -> bool:
     return torch.backends.cudnn.is_available() if backend == "cudnn" else torch.backends.cuda.is_flash_attention_available()
 
 
+@torch.compiler.assume_constant_result  # as long as nothing changes it: its guards on the state of torch see that
 def _is_deterministic() -> bool:
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()

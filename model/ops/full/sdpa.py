@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from model.ops.full.gpu import aligned
 
@@ -28,7 +28,7 @@ def full_sdpa(q: Tensor, k: Tensor, v: Tensor, *, bounds: list[int], softmax_sca
 def full_cudnn(q: Tensor, k: Tensor, v: Tensor, *, bounds: list[int], softmax_scale: float) -> Tensor:
     """The same by cuDNN's kernels, bf16 or fp16 on a CUDA device; for documents of one token, which it does not take, by PyTorch's choice.
 
-    Query heads that share keys and values read one copy.
+    Query heads that share keys and values read one copy. Documents are padded to one of `cudnn_length`'s lengths.
     """
     attend = partial(_cudnn_heads, softmax_scale=softmax_scale)
     return one_by_one([(attend, end - start) for start, end in itertools.pairwise(bounds)], *map(aligned, (q, k, v)))
@@ -44,9 +44,25 @@ def one_by_one(parts: Sequence[tuple[Attend, int]], q: Tensor, k: Tensor, v: Ten
     return torch.cat([attend(*part) for attend, part in zip(attends, inputs)])
 
 
+def cudnn_length(length: int) -> int:
+    """The least of 16 lengths an octave that is not below `length`, in tokens.
+
+    PyTorch builds a plan for every length that cuDNN is called with and keeps it: hundreds of ms on the host, which the documents of a
+    corpus, hardly one as long as another, would pay without end.
+    """
+    step = max(1, (1 << length.bit_length() - 1) // 16)
+    return -(-length // step) * step
+
+
 def _cudnn_heads(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> Tensor:
-    with contextlib.nullcontext() if len(q) == 1 else sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return sdpa_heads(q, k, v, is_causal=True, softmax_scale=softmax_scale)
+    # A compiled graph knows one document alone, all the row.
+    length = len(q)
+    missing = 0 if torch.compiler.is_compiling() else cudnn_length(length) - length
+    if missing:  # at the end, where no query of the document looks
+        q, k, v = (pad(x, (0, 0, 0, 0, 0, missing)) for x in (q, k, v))
+    with contextlib.nullcontext() if length == 1 else sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        out = sdpa_heads(q, k, v, is_causal=True, softmax_scale=softmax_scale)
+    return out[:length] if missing else out
 
 
 def sdpa_heads(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, softmax_scale: float) -> Tensor:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.ops.full import full_attention, gpu, packed, sdpa
 from model.ops.full.packed import runs
+from model.ops.full.sdpa import cudnn_length
 from model.ops.moba import moba_attention
 from tests.model.ops.helpers import assert_error_within_twice, cu_seqlens, forward_backward, make_inputs, plain_attention, with_dtype
 
@@ -284,6 +285,38 @@ def test_second_derivative_is_refused(target):
     (d_q,) = torch.autograd.grad(full("flash", [0, 60])(q, k, v), q, d_out, create_graph=True)
     with pytest.raises(RuntimeError, match=r"full.flash_backward.* no autograd formula was registered"):
         torch.autograd.grad(d_q.sum(), q)
+
+
+def test_the_lengths_that_cudnn_meets_are_few():
+    found = {length: cudnn_length(length) for length in range(2, 1 << 15)}
+    assert all(length <= rounded <= length * 17 / 16 for length, rounded in found.items())
+    assert len(set(found.values())) <= 15 * 16 and all(found[length] == length for length in (2, 9, 512, 8192, 12288))
+
+
+def test_cudnn_is_called_with_those_lengths(target, monkeypatch):
+    lengths, attend = [], sdpa.sdpa_heads
+
+    def record(q, k, v, **more):
+        lengths.append((len(q), len(k), len(v)))
+        return attend(q, k, v, **more)
+
+    monkeypatch.setattr(sdpa, "sdpa_heads", record)
+    full("cudnn", [0, 1, 10, 150, 399])(*target.inputs(399, 2, 1, 64, seed=105)[:3])
+    assert lengths == [(length,) * 3 for length in (1, 9, 144, 256)]
+
+
+def test_limits_are_traced_whole(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    @partial(torch.compile, fullgraph=True, backend="eager")
+    def limits(x):
+        found = (gpu.compute_capability(x.device), gpu._is_deterministic(), gpu._is_built("cudnn"), gpu.refusal("flash", x))
+        return x + 1, found
+
+    for deterministic in (True, False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        expected = ((9, 0), deterministic, torch.backends.cudnn.is_available(), "q is on cpu; accepted: a CUDA device")
+        assert limits(torch.zeros(2, 1, 8))[1] == expected
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------------------------
