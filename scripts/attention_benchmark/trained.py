@@ -43,7 +43,7 @@ class Trained:
         count = run.model.num_layers
         if not -count <= config.layer < count:
             raise ConfigError(f"layer={config.layer}: the checkpoint's model has layers 0 to {count - 1}, or -{count} to -1 from the last")
-        tokens = _stream(open_corpus(config.data, state), max(config.lengths))
+        tokens = stream(open_corpus(config.data, state), max(config.lengths))
         stage = place_of(run, max(state.step - 1, 0)).stage  # of the last finished step
         model = Transformer(run.model, stage.attention.per_layer(count), stage.rope, workspace=stage.attention.workspace)
         model.load_state_dict(load_weights(checkpoint, zero_stage=run.parallel.zero_stage))
@@ -73,7 +73,7 @@ class Trained:
         return found[0]
 
 
-def _stream(corpus: Corpus, num_tokens: int) -> np.ndarray:
+def stream(corpus: Corpus, num_tokens: int) -> np.ndarray:
     """The first `num_tokens` ids of the longest held-out documents, one after the other, then of the longest training documents."""
     pieces: list[np.ndarray] = []
     missing = num_tokens

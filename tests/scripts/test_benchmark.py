@@ -29,7 +29,7 @@ from scripts.attention_benchmark.cases import Case, all_cases, draw_inputs, kern
 from scripts.attention_benchmark.check import NAMES, Check, check, moba_by_rows, near_ties
 from scripts.attention_benchmark.measure import BOTH, FORWARD, CudaMeter, Result, Timing
 from scripts.attention_benchmark.report import PARTS, floor, gate_flops, markdown, part_of, series, to_csv
-from scripts.attention_benchmark.trained import Trained
+from scripts.attention_benchmark.trained import Trained, stream
 from tests.train.helpers import corpus_config, execute, overrides
 
 CPU = torch.device("cpu")
@@ -695,10 +695,7 @@ def test_trained_inputs_are_what_the_layer_attends_with(run, layer, bounds, monk
     for module, name in ((ops.full, "full_attention"), (ops.moba, "moba_attention")):
         plain = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *qkv, plain=plain, **more: attended.append(qkv) or plain(*qkv, **more))
-    corpus = Corpus.open(run["data.prepared_dir"])
-    tables = [corpus.split(name) for name in ("heldout", "train")]
-    stream = [t.tokens(int(n)) for t in tables for n in sorted(range(t.num_documents), key=lambda n, t=t: (-t.lengths[n], n))]
-    tokens = torch.from_numpy(np.concatenate(stream)[:300].astype(np.int64))
+    tokens = torch.from_numpy(stream(Corpus.open(run["data.prepared_dir"]), 300).astype(np.int64))
     positions = torch.cat([torch.arange(end - start) for start, end in itertools.pairwise(bounds)])
     with torch.no_grad():
         trained.model(tokens, positions, torch.tensor(bounds, dtype=torch.int32))
@@ -708,6 +705,15 @@ def test_trained_inputs_are_what_the_layer_attends_with(run, layer, bounds, monk
     again = draw_inputs(make_case(300, inputs=KernelInputs.TRAINED, trained=trained, num_heads=4, num_kv_heads=2), CPU)
     assert [x.requires_grad for x in again] == [True, True, True, False]
     assert bounds != [0, 300] or all(torch.equal(x, y) for x, y in zip(again, drawn))
+
+
+def test_the_stream_is_the_longest_documents_held_out_ones_first(run):
+    corpus = Corpus.open(run["data.prepared_dir"])
+    tables = [corpus.split(name) for name in ("heldout", "train")]
+    whole = [t.tokens(n) for t in tables for n in sorted(range(t.num_documents), key=lambda n, t=t: (-t.lengths[n], n))]
+    assert len(whole) > 50
+    for num_tokens in (1, len(whole[0]), len(whole[0]) + 5, tables[0].num_tokens + 9, sum(t.num_tokens for t in tables)):
+        assert np.array_equal(stream(corpus, num_tokens), np.concatenate(whole)[:num_tokens])
 
 
 @pytest.mark.parametrize(
