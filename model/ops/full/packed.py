@@ -34,10 +34,12 @@ def full_packed(q: Tensor, k: Tensor, v: Tensor, *, bounds: list[int], softmax_s
 def runs(bounds: list[int], long: int) -> list[list[int]]:
     """The boundaries of each document of `long` tokens or more, and of each run of shorter documents between those."""
     found: list[list[int]] = []
-    for is_long, documents in itertools.groupby(itertools.pairwise(bounds), lambda document: document[1] - document[0] >= long):
-        if is_long:
-            found += [[start, end] for start, end in documents]
+    after_short = False
+    for start, end in itertools.pairwise(bounds):
+        is_long = end - start >= long
+        if after_short and not is_long:
+            found[-1].append(end)
         else:
-            starts, ends = zip(*documents)
-            found.append([starts[0], *ends])
+            found.append([start, end])
+        after_short = not is_long
     return found
