@@ -10,7 +10,8 @@ from model.ops.full.flash import full_flash
 from model.ops.full.gpu import compute_capability, refusal
 from model.ops.full.sdpa import Attend, full_cudnn, one_by_one
 
-# From so many tokens on a document of its own call: cuDNN is the quicker kernel on Hopper, but a call of either costs tens of microseconds.
+# A document of so many tokens is worth a call of its own: cuDNN is the quicker kernel on Hopper, but each call costs tens of microseconds.
+# An estimate until README.md has the measurement.
 CUDNN_LENGTH = 4096
 
 
