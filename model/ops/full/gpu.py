@@ -1,8 +1,11 @@
 """What the backends for GPUs take, and how they want it to lie in memory."""
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 BACKENDS = ("cudnn", "flash")
 DTYPES = (torch.bfloat16, torch.float16)
 # cuDNN takes up to 256 on some GPUs in some versions; up to here in all.
@@ -27,6 +30,12 @@ def refusal(backend: str, q: Tensor) -> str | None:
     return None
 
 
+def _constant(function: T) -> T:
+    """What `torch.compiler.assume_constant_result` does; to call it would take seconds, and Triton, for all who import this."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def aligned(x: Tensor) -> Tensor:
     """x itself, or a copy where its rows are not dense or begin on no 16 bytes, which the kernels' loads ask for."""
     *steps, last = x.stride()
@@ -36,17 +45,17 @@ def aligned(x: Tensor) -> Tensor:
     return x if in_place else x.clone(memory_format=torch.contiguous_format)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def compute_capability(device: torch.device) -> tuple[int, int]:
     """Of a CUDA device: (9, 0) is Hopper."""
     return torch.cuda.get_device_capability(device)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _is_built(backend: str) -> bool:
     return torch.backends.cudnn.is_available() if backend == "cudnn" else torch.backends.cuda.is_flash_attention_available()
 
 
-@torch.compiler.assume_constant_result  # as long as nothing changes it: its guards on the state of torch see that
+@_constant  # as long as nothing changes it: torch.compile's guards on the state of torch see that
 def _is_deterministic() -> bool:
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()

@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import subprocess
+import sys
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -309,6 +311,12 @@ def test_cudnn_is_called_with_those_lengths(target, monkeypatch):
     monkeypatch.setattr(sdpa, "sdpa_heads", record)
     full("cudnn", [0, 1, 10, 150, 399])(*target.inputs(399, 2, 1, 64, seed=105)[:3])
     assert lengths == [(length,) * 3 for length in (1, 9, 144, 256)]
+
+
+def test_importing_it_imports_neither_the_compiler_nor_triton():
+    asked = "import sys, model.ops.full; print(sorted({'triton', 'torch._dynamo'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_limits_are_traced_whole(monkeypatch):
