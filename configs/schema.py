@@ -88,27 +88,33 @@ class KernelPrecision(Enum):
 
 class KernelInputs(Enum):
     """What kernels are measured on: `random` draws everything from a normal distribution; in `skewed`, as in trained models, most
-    queries choose the first block of their document, and otherwise rather near blocks than far ones."""
+    queries choose the first block of their document, and otherwise rather near blocks than far ones; `trained` takes q, k and v
+    from a layer of a checkpoint that reads text."""
 
     RANDOM = "random"
     SKEWED = "skewed"
+    TRAINED = "trained"
 
 
 class KernelDocuments(Enum):
-    """How the measured tokens are cut into documents: `one`, or five of `mixed` lengths, of which the longest has half the tokens."""
+    """How the measured tokens are cut into documents: `one`, five of `mixed` lengths, of which the longest has half the tokens, or
+    many of `equal` length."""
 
     ONE = "one"
     MIXED = "mixed"
+    EQUAL = "equal"
 
 
 class AttentionKernel(Enum):
-    """Rows of the attention benchmark: MoBA backends, the `flash_moba` package, and dense causal attention over one document."""
+    """Rows of the attention benchmark: MoBA backends, the `flash_moba` package, and dense causal attention: its backends `cudnn` and
+    `flash`, and `full`, what its door chooses of them."""
 
     TRITON = "triton"
     TORCH = "torch"
     FLASH_MOBA = "flash_moba"
     CUDNN = "cudnn"
-    FA2 = "fa2"
+    FLASH = "flash"
+    FULL = "full"
 
 
 class InvalidText(Enum):
@@ -271,13 +277,20 @@ class AttentionConfig:
     """Blocks a query sees, its own included, where the rule says plain `moba`."""
     backend: AttentionBackend = AttentionBackend.AUTO
     """auto, reference, torch or triton."""
+    workspace_mib: int = 1024
+    """Memory that the triton backend may hold of partial results beyond inputs, output and gradients, in MiB."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "block_size", "topk")
+        _at_least(self, 1, "block_size", "topk", "workspace_mib")
         try:
             parse_rule(self.rule, num_layers=None, block_size=self.block_size, topk=self.topk)
         except ValueError as error:
             raise ConfigError(f"rule={self.rule!r}: {error}") from None
+
+    @property
+    def workspace(self) -> int:
+        """`workspace_mib` in bytes."""
+        return self.workspace_mib << 20
 
     def per_layer(self, num_layers: int) -> tuple[LayerAttention, ...]:
         """The attention of layers 0..num_layers-1. Raises ConfigError where a clause names no layer or a layer has none."""
@@ -679,10 +692,10 @@ class BenchmarkConfig:
     """Tokens in one call, over all documents."""
     settings: tuple[tuple[int, ...], ...] = ((128, 8), (512, 3), (1024, 8), (4096, 12))
     """MoBA settings, each [block_size, topk] (tokens, blocks); topk counts the query's own block."""
-    rows: tuple[AttentionKernel, ...] = (AttentionKernel.TRITON, AttentionKernel.FLASH_MOBA, AttentionKernel.CUDNN, AttentionKernel.FA2)
-    """What is measured: triton, torch, flash_moba (where installed), cudnn, fa2. Sparse efficiency needs cudnn."""
+    rows: tuple[AttentionKernel, ...] = (AttentionKernel.TRITON, AttentionKernel.FLASH_MOBA, AttentionKernel.CUDNN, AttentionKernel.FLASH)
+    """What is measured: triton, torch, flash_moba (where installed), cudnn, flash, full. Sparse efficiency needs cudnn."""
     dense_up_to: int = 131072
-    """Longest call in tokens for the dense rows, cudnn and fa2, whose time grows with the square."""
+    """Longest call in tokens for the dense rows, cudnn, flash and full, whose time grows with the square."""
     num_heads: int = 16
     """Query heads."""
     num_kv_heads: int = 16
@@ -691,10 +704,19 @@ class BenchmarkConfig:
     """Width of one head."""
     dtype: KernelPrecision = KernelPrecision.BF16
     """bf16 or fp16."""
-    inputs: KernelInputs = KernelInputs.RANDOM
-    """random or skewed."""
-    documents: KernelDocuments = KernelDocuments.ONE
-    """one or mixed; the dense rows always see one."""
+    inputs: tuple[KernelInputs, ...] = (KernelInputs.RANDOM,)
+    """random, skewed, trained: MoBA rows are measured on each; dense rows, whose time hardly depends on it, on random."""
+    documents: tuple[KernelDocuments, ...] = (KernelDocuments.ONE,)
+    """one, mixed, equal: rows are measured on each; dense rows on one besides."""
+    document_tokens: tuple[int, ...] = (512,)
+    """Tokens in each document (the last may have fewer), for documents=equal: measured with each."""
+    checkpoint: str = ""
+    """A run folder, a checkpoint folder or a folder of `scripts.convert from_hf`, for inputs=trained; num_heads, num_kv_heads and head_dim
+    of all rows are then its model's."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Corpus whose longest held-out documents, then training documents, the checkpoint reads: one stream of as many tokens as needed."""
+    layer: int = -1
+    """Layer of the checkpoint whose q, k and v are taken, counted from 0, or from the last, -1."""
     backward: bool = True
     """Measure forward+backward beside forward."""
     repeats: int = 10
@@ -705,13 +727,17 @@ class BenchmarkConfig:
     """Folder of attention.csv and attention.png."""
 
     def __post_init__(self) -> None:
-        for key in ("lengths", "settings", "rows"):
+        for key in ("lengths", "settings", "rows", "inputs", "documents", "document_tokens"):
             values = getattr(self, key)
             shown = [value.value if isinstance(value, Enum) else value for value in values]
             _require(len(values) > 0, key, "[]", "must hold at least one")
             _require(len(set(values)) == len(values), key, shown, "must not hold the same twice")
-        for length in self.lengths:
-            _require(length >= 1, "lengths", length, "must be at least 1")
+        for key in ("lengths", "document_tokens"):
+            for length in getattr(self, key):
+                _require(length >= 1, key, length, "must be at least 1")
+        trained = KernelInputs.TRAINED in self.inputs
+        _require(bool(self.checkpoint) or not trained, "checkpoint", repr(self.checkpoint), "must be given for inputs=trained")
+        _require(trained or not self.checkpoint, "checkpoint", self.checkpoint, "is read for inputs=trained alone")
         for setting in self.settings:
             _require(len(setting) == 2 and min(setting) >= 1, "settings", list(setting), "each must be [block_size, topk], both at least 1")
         _at_least(self, 1, "num_heads", "num_kv_heads", "head_dim", "repeats")

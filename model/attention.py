@@ -35,18 +35,19 @@ class Attention(nn.Module):
         cu_seqlens: Tensor,
         attention: LayerAttention,
         backend: str,
+        workspace: int,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """`[N, hidden]` to `[N, hidden]` over packed documents with bounds cu_seqlens int32 `[n+1]`.
 
-        `table` is `rotary_table` of the tokens' positions, None in a layer without positions. With a `cache` x is one
-        document's: all of its prompt where the cache is empty, afterwards its next token.
+        `table` is `rotary_table` of the tokens' positions, None in a layer without positions; `workspace` counts bytes, as in
+        `moba_attention`. With a `cache` x is one document's: all of its prompt where the cache is empty, afterwards its next token.
         """
         q, k, v = self.project(x, table, cu_seqlens, cache)
         if cache is not None:
             cache.append(k, v)
         if cache is None or cache.length == len(k):
-            return self.o_proj(_attend(q, k, v, cu_seqlens, attention, backend).flatten(1))
+            return self.o_proj(_attend(q, k, v, cu_seqlens, attention, backend, workspace).flatten(1))
         return self.o_proj(_attend_cached(q.squeeze(0), cache).flatten()[None])
 
     def project(
@@ -70,7 +71,7 @@ def check_kinds(per_layer: tuple[LayerAttention, ...], backend: str) -> None:
         raise ValueError(f"backend={backend!r}; accepted: {', '.join(BACKENDS)}")
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, attention: LayerAttention, backend: str) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, attention: LayerAttention, backend: str, workspace: int) -> Tensor:
     """`[N, Hq, D]` from q `[N, Hq, D]`, k and v `[N, Hkv, D]`. A backend that one kind alone has is `auto` to the other."""
     if attention.kind == "full":
         name = backend if backend in full.BACKENDS else "auto"
@@ -80,7 +81,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, attention: Laye
         return sliding.sliding_attention(q, k, v, window=attention.window, cu_seqlens=cu_seqlens, backend=name)
     name = backend if backend in moba.BACKENDS else "auto"
     sizes = {"block_size": attention.block_size, "topk": attention.topk}
-    return moba.moba_attention(q, k, v, **sizes, cu_seqlens=cu_seqlens, backend=name)
+    return moba.moba_attention(q, k, v, **sizes, cu_seqlens=cu_seqlens, backend=name, workspace=workspace)
 
 
 def _convolve_cached(key_conv: KeyConvolution, k: Tensor, cache: LayerCache) -> Tensor:

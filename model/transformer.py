@@ -38,14 +38,23 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Its state_dict holds parameters only, the same for every attention and every RoPE setting."""
 
-    def __init__(self, config: ModelConfig, attention: tuple[LayerAttention, ...], rope: RopeConfig, backend: str = "auto") -> None:
-        """`attention` as from `AttentionConfig.per_layer`; `backend` one of `model.attention.BACKENDS`. Raises ValueError.
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: tuple[LayerAttention, ...],
+        rope: RopeConfig,
+        backend: str = "auto",
+        workspace: int = 1 << 30,
+    ) -> None:
+        """`attention` as from `AttentionConfig.per_layer`; `backend` one of `model.attention.BACKENDS`; `workspace` the bytes
+        that `moba_attention` may hold of partial results. Raises ValueError.
 
         Weights are PyTorch's defaults until `model.init.initialise` or `load_state_dict`.
         """
         super().__init__()
         self.config = config
         self.backend = backend
+        self.workspace = workspace
         self.set_attention(attention)
         self.set_rope(rope)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -88,7 +97,7 @@ class Transformer(nn.Module):
         for index, layer in enumerate(self.layers):
             cache = caches[index] if caches else None
             turn = None if index in self.nope_layers else table
-            x = layer(x, turn, cu_seqlens, self.attention[index], self.backend, cache)
+            x = layer(x, turn, cu_seqlens, self.attention[index], self.backend, self.workspace, cache)
         return self.final_norm(x)
 
     def _losses(self, x: Tensor, labels: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def _measure(config: PlanConfig, stage: StageConfig, attention: tuple[LayerAtten
     shape = replace(config.model, num_layers=len(attention))
     rope = replace(stage.rope, nope="")  # it names layers of the whole model; without positions a layer does and keeps almost the same
     with device:
-        model = Transformer(shape, attention, rope, stage.attention.backend.value)
+        model = Transformer(shape, attention, rope, stage.attention.backend.value, stage.attention.workspace)
     model.to(torch.bfloat16 if config.parallel.precision is Precision.BF16 else torch.float32)
     rows = config.micro_batch_rows(stage, config.num_gpus)
     num_tokens = rows * stage.seq_len

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from configs.layers import LayerAttention
-from configs.schema import ConfigError, EvaluateConfig, RunConfig, StageConfig
+from configs.schema import ConfigError, DataConfig, EvaluateConfig, RunConfig, StageConfig
 from data.loader import IGNORE, Batch
 from data.shards import Corpus, DocumentTable
 from data.tokenizer import Tokenizer
@@ -71,13 +71,13 @@ def context_lengths(config: EvaluateConfig, run: RunConfig, stage: StageConfig, 
     return contexts
 
 
-def open_corpus(config: EvaluateConfig, tokenizers: Sequence[str]) -> Corpus:
+def open_corpus(data: DataConfig, tokenizers: Sequence[str]) -> Corpus:
     """The corpus, once it is sure that the checkpoint reads its tokens as they were meant: its tokenizer's hash is one of `tokenizers`
     (none: nothing is known). Raises ConfigError."""
-    corpus = Corpus.open(config.data.prepared_dir)
+    corpus = Corpus.open(data.prepared_dir)
     if tokenizers and corpus.tokenizer_hash not in tokenizers:
         raise ConfigError(
-            f"data.prepared_dir={config.data.prepared_dir}: has tokenizer {corpus.tokenizer_hash}, the checkpoint was trained with "
+            f"data.prepared_dir={data.prepared_dir}: has tokenizer {corpus.tokenizer_hash}, the checkpoint was trained with "
             f"{' or '.join(tokenizers)}; name the corpus it was trained on, or one prepared with its tokenizer"
         )
     return corpus

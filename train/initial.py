@@ -109,6 +109,20 @@ def state_of(folder: Path) -> TrainingState:
     )
 
 
+def tokenizers_of(folder: Path) -> list[str]:
+    """Hashes of the tokenizers that the weights in a checkpoint or a converted folder were made with; none where that is not known."""
+    return tokenizer_hashes(folder) if is_converted(folder) else [read_state(folder).tokenizer_hash]
+
+
+def load_into(model: Transformer, folder: Path) -> None:
+    """Gives a model of the same shapes the weights in a verified checkpoint or a converted folder. Raises ConfigError."""
+    if is_converted(folder):
+        source = open_source(str(folder))
+        fill(model, source.shapes, source.read)
+    else:
+        model.load_state_dict(load_weights(folder, zero_stage=read_state(folder).run().parallel.zero_stage))
+
+
 def begin_from(run: RunConfig, model: Transformer, corpus: Corpus) -> None:
     """Fills the model with the weights of `run.init_from`; every rank calls it before DeepSpeed takes the model.
 

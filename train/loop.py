@@ -50,8 +50,9 @@ def _train(run: RunConfig, ranks: Ranks, corpus: Corpus, folder: Path, interrupt
         checkpoint.check_fits(state, run, tokenizer_hash=corpus.tokenizer_hash, ranks=ranks)
     first_step = state.step if state else 0
 
-    attention = run.stages[0].attention.per_layer(run.model.num_layers)
-    model = Transformer(run.model, attention, run.stages[0].rope, run.stages[0].attention.backend.value)
+    first = run.stages[0].attention
+    attention = first.per_layer(run.model.num_layers)
+    model = Transformer(run.model, attention, run.stages[0].rope, first.backend.value, first.workspace)
     if run.init_from and not found:
         begin_from(run, model, corpus)
     else:

@@ -151,6 +151,7 @@ def _piece_lengths(batches: list[Batch]) -> list[int]:
 def enter_stage(model: Transformer, run: RunConfig, stage: StageConfig) -> None:
     """Gives the model the attention and the positions of a stage; its weights stay."""
     model.backend = stage.attention.backend.value
+    model.workspace = stage.attention.workspace
     model.set_attention(stage.attention.per_layer(run.model.num_layers))
     model.set_rope(stage.rope)
 

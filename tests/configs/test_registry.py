@@ -148,6 +148,7 @@ def test_stages_of_a_file_have_the_attention_of_the_run(configs):
             r"^optim.schedule='cosin': no such choice, did you mean 'cosine'\?; accepted: cosine, wsd, linear, constant$",
         ),
         ("attention.backend=flash", r"^attention.backend='flash': no such choice; accepted: auto, reference, torch, triton$"),
+        ("attention.workspace_mib=0", r"^attention.workspace_mib=0: must be at least 1$"),
         ("attention.rule=modba", r"^attention.rule='modba': 'modba' does not end in an attention kind"),
         ("stages.0.seq_len=0", r"^stages.0.seq_len=0: must be at least 1$"),
         ("stages.0.batch_tokens=5000", r"^stages.0.batch_tokens=5000: must be a multiple of seq_len=2048; 4096 and 6144 are$"),

@@ -7,6 +7,7 @@ from configs.layers import LayerAttention
 from configs.schema import AttentionConfig, RopeConfig
 from model import transformer
 from model.layers import RMSNorm
+from model.ops import moba
 from model.rope import rotary_table, rotate
 from model.transformer import Transformer
 from tests.model.helpers import HYBRIDS, RULES, build, pack, tiny_config
@@ -91,7 +92,7 @@ def test_positions_are_left_out_of_the_named_layers_alone():
     x, cu_seqlens = model.embedding(inputs[0]), inputs[2]
     still, table = (rotary_table(positions, 16, model.rope) for positions in (inputs[1] * 0, inputs[1]))
     for layer, turn in zip(model.layers, (still, still, table), strict=True):
-        x = layer(x, turn, cu_seqlens, model.attention[0], "auto")
+        x = layer(x, turn, cu_seqlens, model.attention[0], "auto", model.workspace)
     torch.testing.assert_close(model(*inputs), model.head(model.final_norm(x)), rtol=1e-12, atol=1e-12)
 
 
@@ -135,6 +136,21 @@ def test_wrong_attention_is_refused():
         Transformer(config, (full, LayerAttention(kind="window")), RopeConfig())
     with pytest.raises(ValueError, match="backend='fast'; accepted: auto, reference"):
         Transformer(config, (full, full), RopeConfig(), backend="fast")
+
+
+def test_the_workspace_reaches_every_moba_layer(monkeypatch):
+    model, inputs = build(tiny_config(), "moba(8, 2)"), pack(LENGTHS)
+    given, attend = [], moba.moba_attention
+
+    def record(*tensors, workspace, **more):
+        given.append(workspace)
+        return attend(*tensors, workspace=workspace, **more)
+
+    monkeypatch.setattr(moba, "moba_attention", record)
+    model(*inputs)
+    model.workspace = 5
+    model(*inputs)
+    assert given == [1 << 30] * 2 + [5] * 2
 
 
 def test_loss_is_the_cross_entropy_of_labelled_tokens():

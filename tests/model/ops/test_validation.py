@@ -95,6 +95,8 @@ def test_select_blocks_checks_its_inputs():
         select_blocks(torch.zeros(12, 4, 9), inputs["k"], block_size=4, topk=2)
     with pytest.raises(ValueError, match="cu_seqlens ends at 11"):
         select_blocks(inputs["q"], inputs["k"], block_size=4, topk=2, cu_seqlens=cu(0, 11))
+    with pytest.raises(ValueError, match="backend='reference'; accepted: torch, triton"):
+        select_blocks(inputs["q"], inputs["k"], block_size=4, topk=2, backend="reference")
 
 
 DECODE_ERRORS = {

@@ -4,12 +4,15 @@ dK and dV are summed where their keys are, over the block's own queries and thos
 fit one tile they leave it on the way, otherwise a second pass over the lists computes it. A last pass adds the own block and the slots.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from model.ops.moba.triton.index import Lists, cut_lists
+from model.ops.moba.triton.launch import launch
 from model.ops.moba.triton.plan import SPLIT, Blocks, offsets, tile_of
 
 
@@ -236,7 +239,8 @@ def output_dot_gradient(out: Tensor, d_out: Tensor) -> Tensor:
     num_tokens, num_heads, head_dim = out.shape
     delta = torch.empty(num_heads, num_tokens, device=out.device, dtype=torch.float32)
     strides = (out.stride(0), d_out.stride(0), d_out.stride(1))
-    _delta_kernel[(triton.cdiv(num_tokens, 64), num_heads)](out, d_out, delta, num_tokens, *strides, D=head_dim, ROWS=64)
+    grid = (triton.cdiv(num_tokens, 64), num_heads)
+    launch(_delta_kernel, grid, out, d_out, delta, num_tokens, *strides, D=head_dim, ROWS=64, warps=4)
     return delta
 
 
@@ -253,8 +257,8 @@ def keys_gradient(
     tensors, numbers = (q, k, v, d_out, lse, delta), (heads.start, group, num_tokens, blocks.count)
     split = SPLIT * max(1, num_past) * blocks.size * num_ranges  # so that the sums of long lists stay in the workspace too
     sizes = {"TILES": tiles, "D": head_dim, "P": max(1, num_past), "BK": keys, "BM": tile.rows, "SPLIT": split,
-             "KEEP_DQ": dq_slots is not None, "INT": _offsets_of(q, k, d_out, dk, num_past), "STAGES": tile.stages,
-             "num_warps": tile.warps}  # fmt: skip
+             "KEEP_DQ": dq_slots is not None}  # fmt: skip
+    how = {"INT": _offsets_of(q, k, d_out, dk, num_past), "STAGES": tile.stages, "warps": tile.warps}
     unread = lse  # stands for what a kernel is compiled not to read
     slots = unread if dq_slots is None else dq_slots
     partial, tables = unread, (unread, unread, unread, unread)
@@ -264,13 +268,10 @@ def keys_gradient(
             long = cut_lists(lists, split, skip=1)
             partial = torch.empty(long.bound * tiles, 2, keys, head_dim, device=q.device, dtype=torch.float32)
             tables = (*tables[:3], long.ends)
-            _dk_dv_long_kernel[(long.bound * tiles,)](
-                *tensors, partial, slots, *tables, long.piece, blocks.start, *strides, *numbers, len(long.ends), scale, **sizes
-            )
-    _dk_dv_kernel[(blocks.count * tiles, len(heads) // group)](
-        *tensors, dk, dv, partial, slots, *tables, blocks.start, blocks.length, *strides, dk.stride(0), *numbers, scale, softmax_scale,
-        LISTS=lists is not None, **sizes,
-    )  # fmt: skip
+            args: tuple[Any, ...] = (*tensors, partial, slots, *tables, long.piece, blocks.start, *strides, *numbers, len(long.ends), scale)
+            launch(_dk_dv_long_kernel, (long.bound * tiles, 1), *args, **sizes, **how)
+    args = (*tensors, dk, dv, partial, slots, *tables, blocks.start, blocks.length, *strides, dk.stride(0), *numbers, scale, softmax_scale)
+    launch(_dk_dv_kernel, (blocks.count * tiles, len(heads) // group), *args, **sizes, LISTS=lists is not None, **how)
 
 
 def queries_gradient(
@@ -287,18 +288,20 @@ def queries_gradient(
         if lists is not None:
             tile = tile_of("dq_past", blocks.size)
             items = cut_lists(lists, tile.rows)
-            _dq_past_kernel[(items.bound,)](
-                q, k, v, d_out, lse, delta, dq_slots, lists.entries, lists.edges[0], lists.edges[-1], items.ends, items.piece, blocks.start,
-                *strides, heads.start, group, num_tokens, queries.start, len(queries), blocks.count, len(items.ends), scale, B=blocks.size,
-                D=head_dim, P=num_past, BM=tile.rows, BN=tile.columns, INT=int_type, STAGES=tile.stages, num_warps=tile.warps,
+            launch(
+                _dq_past_kernel, (items.bound, 1), q, k, v, d_out, lse, delta, dq_slots, lists.entries, lists.edges[0], lists.edges[-1],
+                items.ends, items.piece, blocks.start, *strides, heads.start, group, num_tokens, queries.start, len(queries), blocks.count,
+                len(items.ends), scale, B=blocks.size, D=head_dim, P=num_past, BM=tile.rows, BN=tile.columns, INT=int_type,
+                STAGES=tile.stages, warps=tile.warps,
             )  # fmt: skip
     tile = tile_of("dq_own", blocks.size)
     tiles = triton.cdiv(blocks.size, tile.rows)
     first_block, last_block = blocks.of(queries.start), blocks.of(queries.stop - 1)
-    _dq_own_kernel[((last_block - first_block + 1) * tiles, len(heads))](
-        q, k, v, d_out, lse, delta, dq_slots, dq, blocks.start, blocks.length, blocks.doc_first, *strides, dq.stride(0),
-        heads.start, group, num_tokens, queries.start, queries.stop, first_block, scale, softmax_scale, TILES=tiles, D=head_dim, P=num_past,
-        BM=tile.rows, BN=tile.columns, INT=int_type, STAGES=tile.stages, num_warps=tile.warps,
+    launch(
+        _dq_own_kernel, ((last_block - first_block + 1) * tiles, len(heads)), q, k, v, d_out, lse, delta, dq_slots, dq, blocks.start,
+        blocks.length, blocks.doc_first, *strides, dq.stride(0), heads.start, group, num_tokens, queries.start, queries.stop, first_block,
+        scale, softmax_scale, TILES=tiles, D=head_dim, P=num_past, BM=tile.rows, BN=tile.columns, INT=int_type, STAGES=tile.stages,
+        warps=tile.warps,
     )  # fmt: skip
 
 

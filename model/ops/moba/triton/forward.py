@@ -3,6 +3,8 @@
 A partial result is normalised and comes with the base-2 logarithm of its sum of exponentials: merging is then a weighted mean.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from model.ops.moba.triton.index import Lists, cut_lists
+from model.ops.moba.triton.launch import launch
 from model.ops.moba.triton.plan import Blocks, offsets, tile_of
 
 
@@ -164,20 +167,19 @@ def moba_forward(
         items = cut_lists(lists, size)
         tables = (lists.entries, lists.edges[0], lists.edges[-1], items.ends, items.piece, blocks.start)
         numbers = (heads.start, group, queries.start, len(queries), blocks.count, len(items.ends), scale)
-        sizes = {"B": blocks.size, "D": head_dim, "P": num_past, "BM": tile.rows, "INT": int_type, "STAGES": tile.stages,
-                 "num_warps": tile.warps}  # fmt: skip
+        sizes = {"B": blocks.size, "D": head_dim, "P": num_past, "BM": tile.rows}
+        how = {"INT": int_type, "STAGES": tile.stages, "warps": tile.warps}
         if resident:
-            _past_resident_kernel[(items.bound,)](q, k, v, slots, slot_lse, *tables, *strides, *numbers, SIZE=size, **sizes)
+            args: tuple[Any, ...] = (q, k, v, slots, slot_lse, *tables, *strides, *numbers)
+            launch(_past_resident_kernel, (items.bound, 1), *args, **sizes, SIZE=size, **how)
         else:
-            described = (describe(k, tile.columns), describe(v, tile.columns))
-            _past_streaming_kernel[(items.bound,)](
-                q, *described, slots, slot_lse, *tables, *strides[:2], *numbers, BN=tile.columns, **sizes
-            )
+            args = (q, describe(k, tile.columns), describe(v, tile.columns), slots, slot_lse, *tables, *strides[:2], *numbers)
+            launch(_past_streaming_kernel, (items.bound, 1), *args, **sizes, BN=tile.columns, **how)
     tile = tile_of("own", blocks.size)
     tiles = triton.cdiv(blocks.size, tile.rows)
     first_block, last_block = blocks.of(queries.start), blocks.of(queries.stop - 1)
-    _own_kernel[((last_block - first_block + 1) * tiles, len(heads))](
-        q, k, v, slots, slot_lse, out, lse, blocks.start, blocks.length, blocks.doc_first, *strides, out.stride(0), heads.start, group,
-        num_tokens, queries.start, queries.stop, first_block, scale, TILES=tiles, D=head_dim, P=num_past, BM=tile.rows, BN=tile.columns,
-        INT=int_type, STAGES=tile.stages, num_warps=tile.warps,
+    launch(
+        _own_kernel, ((last_block - first_block + 1) * tiles, len(heads)), q, k, v, slots, slot_lse, out, lse, blocks.start, blocks.length,
+        blocks.doc_first, *strides, out.stride(0), heads.start, group, num_tokens, queries.start, queries.stop, first_block, scale,
+        TILES=tiles, D=head_dim, P=num_past, BM=tile.rows, BN=tile.columns, INT=int_type, STAGES=tile.stages, warps=tile.warps,
     )  # fmt: skip

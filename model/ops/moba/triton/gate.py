@@ -1,15 +1,20 @@
 """Block means, and the choice of blocks without a score ever leaving the chip (MoBA eq. 4-6)."""
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.ops.moba.triton.launch import launch
 from model.ops.moba.triton.plan import Blocks, power_of_2, tile_of
 
 
 @triton.jit
-def _means_kernel(K, HIGH, LOW, START, LENGTH, stride_t, stride_h, num_blocks, B: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+def _means_kernel(
+    K, HIGH, LOW, NORM, START, LENGTH, stride_t, stride_h, num_blocks, B: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start, length = tl.load(START + block), tl.load(LENGTH + block)
     dims, rows = tl.arange(0, D), tl.arange(0, ROWS)
@@ -23,27 +28,41 @@ def _means_kernel(K, HIGH, LOW, START, LENGTH, stride_t, stride_h, num_blocks, B
     at = (head * num_blocks + block) * D + dims
     tl.store(HIGH + at, high)
     tl.store(LOW + at, (mean - high.to(tl.float32)).to(LOW.dtype.element_ty))
+    tl.store(NORM + head * num_blocks + block, tl.sqrt(tl.sum(mean * mean, 0)))
 
 
-def block_means(k: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """High and low part of each block's mean key, `[Hkv, N, D]` each in k's dtype; their sum has twice its mantissa."""
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """The mean key of each block and key/value head."""
+
+    high: Tensor
+    """In k's dtype `[Hkv, N, D]`."""
+    low: Tensor
+    """What `high` lacks, in k's dtype `[Hkv, N, D]`: their sum has twice its mantissa."""
+    norm: Tensor
+    """Euclidean, fp32 `[Hkv, N]`."""
+
+
+def block_means(k: Tensor, blocks: Blocks) -> Means:
+    """Of k `[T, Hkv, D]`, summed in fp32."""
     _, num_heads, head_dim = k.shape
     high = torch.empty(num_heads, blocks.count, head_dim, device=k.device, dtype=k.dtype)
-    low = torch.empty_like(high)
-    grid = (blocks.count, num_heads)
-    strides = (k.stride(0), k.stride(1))
-    _means_kernel[grid](k, high, low, blocks.start, blocks.length, *strides, blocks.count, blocks.size, head_dim, 64, num_warps=4)
-    return high, low
+    means = Means(high=high, low=torch.empty_like(high), norm=torch.empty(high.shape[:2], device=k.device, dtype=torch.float32))
+    tables = (means.high, means.low, means.norm, blocks.start, blocks.length)
+    numbers = (k.stride(0), k.stride(1), blocks.count)
+    launch(_means_kernel, (blocks.count, num_heads), k, *tables, *numbers, B=blocks.size, D=head_dim, ROWS=64, warps=4)
+    return means
 
 
 @triton.jit
 def _gate_kernel(
-    Q, HIGH, LOW, CHOSEN, START, LENGTH, DOC_FIRST, stride_t, stride_h, first_head, group, num_tokens, num_blocks,
+    Q, HIGH, LOW, NORM, CHOSEN, START, LENGTH, DOC_FIRST, stride_t, stride_h, first_head, group, num_tokens, num_blocks,
     TILES: tl.constexpr, D: tl.constexpr, P: tl.constexpr, SLOTS: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    # A score's 32 bits become an integer of the same order, whose low bits give way to the column: one max then finds both, and of
-    # equal scores the lower column. Kept scores are cut likewise, so that of equal ones the earlier tile stays.
+    # A score becomes an integer of 23 bits, in steps of 2^-22 of what |q| and the longest of the query's past means allow: adding
+    # 1.5 * 2^23 leaves it in the low bits of a float. Shifted up, it makes room for the column: one integer maximum then finds score and
+    # column at once, and of equal scores the lower column. Kept scores have all their low bits set: of equal ones the earlier tile stays.
     pid = tl.num_programs(0) - 1 - tl.program_id(0)  # queries with the most past blocks first
     block, tile = pid // TILES, pid % TILES
     local_head = tl.program_id(1).to(tl.int64)
@@ -61,9 +80,15 @@ def _gate_kernel(
         tl.store(out, tl.broadcast_to(all_past[None, :], (BQ, SLOTS)), mask=out_mask)
     elif tile * BQ < length:
         head = first_head + local_head
-        dims, column = tl.arange(0, D), tl.arange(0, BN)
+        dims, column, step = tl.arange(0, D), tl.arange(0, BN), tl.arange(0, 128)
         q = tl.load(Q + token[:, None] * stride_t + head * stride_h + dims[None, :], mask=inside[:, None], other=0.0)
         means = (head // group) * num_blocks
+        longest = tl.zeros((128,), tl.float32)
+        for first in range(doc_first, block, 128):
+            longest = tl.maximum(longest, tl.load(NORM + means + first + step, mask=first + step < block, other=0.0))
+        most = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)) * (1.01 * tl.max(longest, 0))  # no score is as large
+        exponent = tl.maximum(most, 1e-30).to(tl.int32, bitcast=True) >> 23
+        scale = ((127 + 22 + 126 - exponent) << 23).to(tl.float32, bitcast=True)  # 2^22 over the next power of two, exactly
         best = tl.where(slot[None, :] < P, -2147483648, 2147483647) + tl.zeros((BQ, SLOTS), tl.int32)
         kept = tl.zeros((BQ, SLOTS), tl.int32) - 1 - slot[None, :]  # all different, always
         least = tl.min(best, 1)
@@ -73,32 +98,33 @@ def _gate_kernel(
             high = tl.load(HIGH + at, mask=valid[:, None], other=0.0)
             low = tl.load(LOW + at, mask=valid[:, None], other=0.0)
             score = tl.dot(q, tl.trans(high), input_precision="ieee")
-            score = tl.dot(q, tl.trans(low), score, input_precision="ieee") + 0.0  # -0.0 becomes 0.0
-            bits = score.to(tl.int32, bitcast=True)
-            bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-            key = (bits & -BN) | (BN - 1 - column)[None, :]
-            key = tl.where(valid[None, :], key, -2147483648)
+            score = tl.dot(q, tl.trans(low), score, input_precision="ieee")
+            # A column past the end has score 0, and is set to less than any score can be.
+            rounded = score * scale[:, None] + tl.where(valid, 12582912.0, 8388608.0)[None, :]
+            key = rounded.to(tl.int32, bitcast=True) * BN + (BN - 1 - column)[None, :]  # the float's exponent leaves at the top
             top = tl.max(key, 1)
-            enters = (top & -BN) > least
+            enters = top > least
             go = tl.max(enters.to(tl.int32), 0)
             while go > 0:
                 last = tl.max(tl.where(best == least[:, None], kept, -SLOTS - 1), 1)  # of the least, the block that came last
                 here = (kept == last[:, None]) & enters[:, None]
-                best = tl.where(here, (top & -BN)[:, None], best)
+                best = tl.where(here, (top | (BN - 1))[:, None], best)
                 kept = tl.where(here, (first + BN - 1 - (top & (BN - 1)))[:, None], kept)
                 least = tl.min(best, 1)
-                key = tl.where(key == top[:, None], -2147483648, key)
-                top = tl.max(key, 1)
-                enters = (top & -BN) > least
+                # The next lower key: differences to it, without a sign, wrap around for what is lower, and are largest for the nearest.
+                gap = (key - top[:, None]).to(tl.uint32, bitcast=True)
+                top += tl.max(gap, 1).to(tl.int32, bitcast=True)
+                enters = top > least
                 go = tl.max(enters.to(tl.int32), 0)
         tl.store(out, kept, mask=out_mask)
 
 
-def choose_blocks(q: Tensor, means: tuple[Tensor, Tensor], blocks: Blocks, *, heads: range, group: int, num_past: int) -> Tensor:
+def choose_blocks(q: Tensor, means: Means, blocks: Blocks, *, heads: range, group: int, num_past: int) -> Tensor:
     """Global ids of the chosen past blocks of `heads`: int32 `[heads, T, P]`, in no order, then -1 where there are fewer.
 
-    Scores are fp32 sums of products with the two halves of the mean, rounded to 17 bits of mantissa: the choice is that of exact
-    arithmetic except where two scores differ by less than 2**-16 of ‖q‖·‖mean‖. Ties go to the lower block.
+    Scores are fp32 sums of products with the two halves of the mean, rounded to 2**-22 of the largest that the query's past means could
+    give: the choice is that of exact arithmetic except where two scores differ by less than 2**-16 of ‖q‖·‖mean‖, with the longest mean of
+    the query's past as far as it is more than 2**5 times as long as these. Ties go to the lower block.
     """
     num_tokens, _, head_dim = q.shape
     chosen = torch.empty(len(heads), num_tokens, num_past, device=q.device, dtype=torch.int32)
@@ -106,10 +132,9 @@ def choose_blocks(q: Tensor, means: tuple[Tensor, Tensor], blocks: Blocks, *, he
     rows = min(tile.rows, power_of_2(blocks.size))
     tiles = triton.cdiv(blocks.size, rows)
     columns = max(16, min(tile.columns, power_of_2(blocks.max_past)))
-    high, low = means
-    _gate_kernel[(blocks.count * tiles, len(heads))](
-        q, high, low, chosen, blocks.start, blocks.length, blocks.doc_first, q.stride(0), q.stride(1), heads.start, group, num_tokens,
-        blocks.count, TILES=tiles, D=head_dim, P=num_past, SLOTS=power_of_2(num_past), BQ=rows, BN=columns, STAGES=tile.stages,
-        num_warps=tile.warps,
+    launch(
+        _gate_kernel, (blocks.count * tiles, len(heads)), q, means.high, means.low, means.norm, chosen, blocks.start, blocks.length,
+        blocks.doc_first, q.stride(0), q.stride(1), heads.start, group, num_tokens, blocks.count, TILES=tiles, D=head_dim, P=num_past,
+        SLOTS=power_of_2(num_past), BQ=rows, BN=columns, STAGES=tile.stages, warps=tile.warps,
     )  # fmt: skip
     return chosen

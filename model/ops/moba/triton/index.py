@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.ops.moba.triton.launch import launch
 from model.ops.moba.triton.plan import Blocks, Schedule, power_of_2
 
 _NONE = tl.constexpr(0x7FFFFFFF)
@@ -92,10 +93,11 @@ def build_lists(chosen: Tensor, blocks: Blocks, cut: Schedule, entries: Tensor, 
     keys = torch.empty(num_heads, num_chunks, cut.chunk * slots, device=chosen.device, dtype=torch.int32)
     counts = torch.zeros(num_lists, num_chunks, device=chosen.device, dtype=torch.int32)
     edges = edges[: (cut.num_ranges + 1) * num_lists].view(cut.num_ranges + 1, num_lists)
-    grid, sizes = (num_chunks, num_heads), {"P": num_past, "SLOTS": slots, "CHUNK": cut.chunk, "BITS": bits, "num_warps": 4}
-    _count_kernel[grid](chosen, keys, counts, num_tokens, blocks.count, num_chunks, **sizes)
+    grid, sizes = (num_chunks, num_heads), {"P": num_past, "SLOTS": slots, "CHUNK": cut.chunk, "BITS": bits}
+    launch(_count_kernel, grid, chosen, keys, counts, num_tokens, blocks.count, num_chunks, **sizes, warps=4)
     ends = counts.view(-1).cumsum(0, dtype=torch.int32)
-    _scatter_kernel[grid](keys, counts, ends, entries, edges, blocks.count, num_chunks, cut.tokens // cut.chunk, STEP=256, **sizes)
+    numbers = (blocks.count, num_chunks, cut.tokens // cut.chunk)
+    launch(_scatter_kernel, grid, keys, counts, ends, entries, edges, *numbers, **sizes, STEP=256, warps=4)
     return Lists(entries=entries, edges=edges, num_entries=num_heads * blocks.num_pairs[num_past])
 
 
@@ -140,6 +142,6 @@ def cut_lists(lists: Lists, size: int, *, skip: int = 0) -> Items:
     bound = lists.num_entries // size + (0 if skip else num_lists)
     ends = torch.empty(num_lists, device=begin.device, dtype=torch.int32)
     piece = torch.empty(bound, device=begin.device, dtype=torch.int32)
-    _ends_kernel[(1,)](begin, end, ends, num_lists, size, skip, 1024, num_warps=4)
-    _pieces_kernel[(num_lists,)](begin, end, ends, piece, size, skip, 64, num_warps=1)
+    launch(_ends_kernel, (1, 1), begin, end, ends, num_lists, SIZE=size, SKIP=skip, STEP=1024, warps=4)
+    launch(_pieces_kernel, (num_lists, 1), begin, end, ends, piece, SIZE=size, SKIP=skip, STEP=64, warps=1)
     return Items(ends=ends, piece=piece, bound=bound)

@@ -140,6 +140,7 @@ _TILES = {
 }
 
 
+@functools.cache
 def tile_of(kernel: str, block_size: int) -> Tile:
     """The tile for blocks of this size; its columns divide the block."""
     found = next(tile for least, tile in reversed(_TILES[kernel].items()) if block_size >= least)
