@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from configs.mapping import first_difference, to_mapping
+from configs.mapping import first_difference, from_mapping, to_mapping
 from configs.registry import REPOSITORY
 from configs.schema import ConfigError, RunConfig
 
@@ -72,12 +72,14 @@ def _check_owner(folder: Path, run: RunConfig) -> None:
     if not any((folder / CHECKPOINTS).glob("step_*")):
         return  # a run that came to nothing may start again with other settings
     try:
-        before = {"init_from": "", **json.loads(file.read_text())}
+        before = to_mapping(from_mapping(RunConfig, json.loads(file.read_text())))  # with settings that this version has added
+    except ConfigError as error:
+        raise ConfigError(f"run_dir={folder}: {CONFIG_FILE} is of another version of this program ({error}); choose another folder") from None
     except (ValueError, TypeError):
         raise ConfigError(f"run_dir={folder}: {CONFIG_FILE} is damaged; choose another folder") from None
     now = to_mapping(run)
     for key in _IDENTITY:
-        difference = first_difference(before.get(key), now[key], key)
+        difference = first_difference(before[key], now[key], key)
         if difference:
             where, old, new = difference
             raise ConfigError(f"run_dir={folder}: belongs to another run: {where} is {old} there and {new} here; choose another run_dir")

@@ -111,7 +111,7 @@ def test_it_acts_before_the_norm_of_keys_and_before_rope():
     expected = attention.k_norm(attention.key_conv(attention.k_proj(x), cu_seqlens).unflatten(-1, (-1, 16)))
     seen = {}
     attention.k_norm.register_forward_hook(lambda module, inputs, output: seen.update(normed=output))
-    attention(x, None, cu_seqlens, model.attention[0], "auto")
+    attention(x, None, cu_seqlens, model.attention[0], "auto", model.workspace)
     assert torch.equal(seen["normed"], expected)
 
 

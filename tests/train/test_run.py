@@ -257,6 +257,19 @@ def test_the_folder_of_another_run_is_refused(copied, corpus, ranks):
         train(make_run(corpus, copied), ranks)
 
 
+def test_the_folder_of_a_run_that_lacks_later_settings_is_still_its_own(copied, corpus, ranks):
+    """A config.json as a version before these settings wrote it, and as one with settings that are gone."""
+    before = json.loads((copied / "config.json").read_text())
+    del before["init_from"], before["optim"]["decay_tokens"], before["model"]["key_conv"]
+    del before["stages"][0]["rope"]["nope"], before["stages"][0]["attention"]["workspace_mib"]
+    (copied / "config.json").write_text(json.dumps(before))
+    train(make_run(corpus, copied), ranks)
+    assert len(events(copied, "resume")) == 1
+    (copied / "config.json").write_text(json.dumps(before | {"colour": "blue"}))
+    with pytest.raises(ConfigError, match=r"config.json is of another version of this program \(colour: no such key.*\); choose another folder$"):
+        train(make_run(corpus, copied), ranks)
+
+
 def test_resume_never_refuses_to_train_over_checkpoints(copied, corpus, ranks):
     with pytest.raises(ConfigError, match=r"resume=never: .* holds checkpoints"):
         train(make_run(corpus, copied, "resume=never"), ranks)
