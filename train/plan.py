@@ -179,7 +179,7 @@ def micro_batch_bytes(config: PlanConfig, stage: StageConfig, attention: Sequenc
         seq_len=stage.seq_len,
         itemsize=itemsize(config.parallel),
         gpu=gpu,
-        triton=gpu and _triton_serves(config, stage, attention),
+        triton_workspace=stage.attention.workspace if gpu and _triton_serves(config, stage, attention) else 0,
     )
 
 

@@ -192,6 +192,13 @@ def test_a_stage_that_moba_does_not_thin_out_and_one_that_does_not_fit_are_said(
     assert plan.stages[0].flops.executed == plan.stages[0].flops.dense_equivalent
 
 
+def test_the_workspace_of_a_stage_is_reckoned_with():
+    settings = ("model=paper_545m", "parallel.precision=bf16", "stages.0.seq_len=32768", "stages.0.batch_tokens=32768", "attention=moba")
+    (usual,), (small,) = (_plan(*settings, *more).stages for more in ((), ("stages.0.attention.workspace_mib=64",)))
+    assert small.held.gate_and_slots < usual.held.gate_and_slots - (64 << 20)
+    assert small.held.activations == usual.held.activations
+
+
 def test_a_prepared_corpus_is_checked_as_training_does(corpus):
     prepared = f"data.prepared_dir={corpus}"
     assert "not prepared" in " ".join(_plan().notes)
