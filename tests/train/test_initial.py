@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from configs.registry import compose
-from configs.schema import ConfigError, DataConfig, EvaluateConfig, RopeScaling, RunConfig, TokenizerConfig, TokenizerKind
+from configs.schema import ConfigError, DataConfig, EvaluateConfig, PlanConfig, RopeScaling, RunConfig, TokenizerConfig, TokenizerKind
 from data.loader import build_loader
 from data.prepare import prepare
 from data.shards import Corpus
@@ -21,7 +21,9 @@ from tests.model.test_huggingface import ROPES, make_theirs
 from tests.train.helpers import corpus_config, events, launch, make_run, overrides, steps
 from train.engine import load_weights
 from train.loop import train
+from train.plan import Plan, make_plan
 
+_FP32 = ("parallel.precision=fp32: the time is that of bf16 matrix products; fp32 ones are slower",)
 SIZE = {"vocab_size": 512, "max_position_embeddings": 128}
 
 
@@ -110,6 +112,22 @@ def test_a_contradiction_is_named_with_both_values(corpus, released, tmp_path, m
     with pytest.raises(ConfigError) as refusal:
         make(corpus, tmp_path / "run", ours, *(text.replace("OURS", ours) for text in more))
     assert says.replace("OURS", ours) in str(refusal.value)
+
+
+def test_a_plan_goes_by_the_weights_and_is_made_without_them_too(corpus, released, tmp_path):
+    def plan(init: Path | str, *more: str) -> Plan:
+        keys = [*arguments(corpus, tmp_path / "run", init, *more), "num_gpus=1"]
+        return make_plan(compose(PlanConfig, config_name="train", overrides=keys))
+
+    found = plan(released / "ours")
+    assert (found.config.model.hidden_size, found.config.stages[0].rope.theta, found.notes) == (32, 5000.0, _FP32)
+    with pytest.raises(ConfigError, match=r"^model.num_layers=4: the weights in init_from=.* have 2; leave model.num_layers out$"):
+        plan(released / "ours", "model.num_layers=4")
+    other = prepare_with(tmp_path / "other", TokenizerConfig(vocab_size=400, train_bytes=100_000))
+    with pytest.raises(ConfigError, match=rf"^init_from={released / 'ours'}: its weights were made with tokenizer .* the corpus in"):
+        plan(released / "ours", f"data.prepared_dir={other}")
+    said = f"init_from={tmp_path / 'none'}: is not there yet, so model, RoPE and tokenizer were not checked against its weights"
+    assert plan(tmp_path / "none", "model=tiny").notes == (said, *_FP32)
 
 
 @pytest.mark.parametrize("context", [64, 128])

@@ -174,6 +174,9 @@ def test_every_experiment_is_planned_and_takes_the_time_it_states(name):
 
 def test_the_papers_recipe_is_as_the_paper_has_it():
     stages = _plan("experiment=llama8b_1m").stages
+    assert _plan("experiment=llama8b_1m", "init_from=nowhere").notes[0] == (
+        "init_from=nowhere: is not there yet, so model, RoPE and tokenizer were not checked against its weights"
+    )
     assert [stage.stage.seq_len for stage in stages] == [131072, 262144, 524288, 1048576, 1048576]
     assert describe_layers(stages[-1].attention) == "0-28 moba(4096, 12), 29-31 full"
     assert stages[-1].tokens == pytest.approx(100e9, rel=1e-3) and stages[-1].flops.executed < 0.25 * stages[-1].flops.dense_equivalent
