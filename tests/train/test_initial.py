@@ -11,11 +11,22 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from configs.registry import compose
-from configs.schema import ConfigError, DataConfig, EvaluateConfig, PlanConfig, RopeScaling, RunConfig, TokenizerConfig, TokenizerKind
+from configs.schema import (
+    BenchmarkConfig,
+    ConfigError,
+    DataConfig,
+    EvaluateConfig,
+    PlanConfig,
+    RopeScaling,
+    RunConfig,
+    TokenizerConfig,
+    TokenizerKind,
+)
 from data.loader import build_loader
 from data.prepare import prepare
 from data.shards import Corpus
 from scripts import convert as door
+from scripts.attention_benchmark.trained import Trained
 from scripts.evaluate import evaluate
 from tests.model.test_huggingface import ROPES, make_theirs
 from tests.train.helpers import corpus_config, events, launch, make_run, overrides, steps
@@ -141,6 +152,15 @@ def test_converted_weights_are_evaluated_as_they_are(corpus, released, tmp_path,
     with torch.no_grad():
         theirs = LlamaForCausalLM.from_pretrained(released / "hf")(tokens[None], labels=tokens[None]).loss
     assert full == pytest.approx(float(theirs), abs=1e-4) and moba != full
+
+
+def test_the_attention_benchmark_takes_converted_weights(corpus, released):
+    keys = [f"checkpoint={released / 'ours'}", f"data.prepared_dir={corpus}", "inputs=trained", "lengths=60", "layer=1"]
+    trained = Trained.open(compose(BenchmarkConfig, config_name="benchmark", overrides=keys), torch.device("cpu"))
+    theirs = LlamaForCausalLM.from_pretrained(released / "hf", dtype=torch.bfloat16)
+    assert torch.equal(trained.model.layers[1].attention.k_proj.weight, theirs.model.layers[1].self_attn.k_proj.weight)
+    q, k, v = trained.draw([0, 20, 60])
+    assert len(q) == len(k) == 60 and k.shape == v.shape
 
 
 # --- training -------------------------------------------------------------------------------------------------------------------------
