@@ -29,7 +29,7 @@ from scripts import convert as door
 from scripts.attention_benchmark.trained import Trained
 from scripts.evaluate import evaluate
 from tests.model.test_huggingface import ROPES, make_theirs
-from tests.train.helpers import corpus_config, events, launch, make_run, overrides, steps
+from tests.train.helpers import corpus_config, events, make_run, overrides, start_ranks, steps
 from train.engine import load_weights
 from train.loop import train
 from train.plan import Plan, make_plan
@@ -221,7 +221,7 @@ def test_two_ranks_start_where_one_does_whole_or_partitioned(corpus, released, r
     more = ("attention.rule=full", "max_steps=1", "evaluation.rows=0")
     zero = {stage: arguments(corpus, tmp_path / f"zero{stage}", released / "ours", f"parallel=zero{stage}", *more) for stage in (2, 3)}
     (tmp_path / "jobs.json").write_text(json.dumps([{"overrides": job, "kill_in_step": None} for job in zero.values()]))
-    done = launch(["tests.train.driver", str(tmp_path / "jobs.json")], num_ranks=2)
+    done = start_ranks(["tests.train.driver", str(tmp_path / "jobs.json")], num_ranks=2)
     assert done.returncode == 0, done.stderr
     train(make(corpus, tmp_path / "one", released / "ours", *more), ranks)
     ((_, one, norm),) = steps(tmp_path / "one")

@@ -11,7 +11,7 @@ from configs.registry import CONFIG_DIR, compose
 from configs.schema import ConfigError, ModelConfig, ParallelConfig, PlanConfig, Precision
 from model.accounting import parameter_counts
 from tests.train.engine_bytes import LAYOUTS, MODEL, count
-from tests.train.helpers import launch
+from tests.train.helpers import start_ranks
 from train import crossover as crossover_module
 from train.calibrate import calibrate
 from train.crossover import crossover
@@ -49,7 +49,7 @@ def _check_states(found: dict[str, int], stage: int, precision: Precision, *, wo
 
 
 def test_two_ranks_hold_what_is_reckoned(tmp_path):
-    done = launch(["tests.train.engine_bytes", str(tmp_path / "bytes.json")], num_ranks=2)
+    done = start_ranks(["tests.train.engine_bytes", str(tmp_path / "bytes.json")], num_ranks=2)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "bytes.json").read_text())
     for (stage, precision), bytes_found in zip(LAYOUTS, found, strict=True):
