@@ -61,7 +61,8 @@ def test_a_twin_has_the_stages_of_its_recipe(name):
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
 _LLAMA |= {"num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False}
-_STRETCHED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_STRETCHED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_STRETCHED |= {"original_max_position_embeddings": 8192}
 RELEASED = {
     "llama8b_1m": _LLAMA | {"max_position_embeddings": 131072, "rope_scaling": _STRETCHED},
     "prolong_512k": _LLAMA | {"max_position_embeddings": 8192, "rope_scaling": None},

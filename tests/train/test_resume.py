@@ -28,7 +28,8 @@ def whole(corpus, tmp_path_factory) -> dict[int, Path]:
     folders = {}
     for num_ranks in (1, 2):
         folder = folders[num_ranks] = tmp_path_factory.mktemp(f"whole_{num_ranks}")
-        done = _drive([_job(corpus, folder / f"zero{stage}", stage) for stage in STAGES], folder, num_ranks, launch if num_ranks > 1 else start_ranks)
+        jobs = [_job(corpus, folder / f"zero{stage}", stage) for stage in STAGES]
+        done = _drive(jobs, folder, num_ranks, launch if num_ranks > 1 else start_ranks)
         assert done.returncode == 0, done.stderr
     return folders
 
