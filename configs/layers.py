@@ -1,28 +1,34 @@
-"""The rule that gives each layer its attention: `last 3 full, rest moba(512, 3)`.
+"""The rule that gives each layer its attention: `last 3 full, rest moba(512, 3)`; and lists of layers: `last 3, layers 0 5`.
 
 Grammar: clauses separated by commas, each `SELECTOR KIND`, the first clause that matches a layer decides.
 Selectors: `all`, `rest`, `first N`, `last N`, `every N` (layers N-1, 2N-1, ...), `layers I J ...` (counted from 0);
-a bare kind means `all`. Kinds: `full`, `moba` (block size and top-k from the config) and `moba(B, K)`.
+a bare kind means `all`. Kinds: `full`, `moba` (block size and top-k from the config), `moba(B, K)` and `sliding(W)`.
+A list of layers has selectors alone.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-KINDS = ("full", "moba")
+_NUMBERS: dict[str, tuple[str, ...]] = {"full": (), "moba": ("block_size", "topk"), "sliding": ("window",)}
+KINDS = tuple(_NUMBERS)
 _SELECTORS = "all, rest, first N, last N, every N, layers I J ..."
-_KIND = re.compile(r"^(?P<kind>full|moba)(\(\s*(?P<block>\d+)\s*,\s*(?P<topk>\d+)\s*\))?$")
+_SHAPES = "full, moba, moba(BLOCK_SIZE, TOPK), sliding(WINDOW)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerAttention:
-    """Attention of one layer: `full`, or `moba` with its block size (tokens) and top-k (blocks, the own one included)."""
+    """Attention of one layer: `full`; `moba` with its block size (tokens) and top-k (blocks, the own one included); or
+    `sliding`, where each query sees the last `window` tokens of its document, itself included."""
 
     kind: str
     block_size: int = 0
     topk: int = 0
+    window: int = 0
 
     def __str__(self) -> str:
-        return "full" if self.kind == "full" else f"moba({self.block_size}, {self.topk})"
+        numbers = ", ".join(str(getattr(self, name)) for name in _NUMBERS[self.kind])
+        return f"{self.kind}({numbers})" if numbers else self.kind
 
 
 def parse_rule(rule: str, *, num_layers: int | None, block_size: int, topk: int) -> tuple[LayerAttention, ...]:
@@ -35,37 +41,66 @@ def parse_rule(rule: str, *, num_layers: int | None, block_size: int, topk: int)
         return ()
     chosen: dict[int, LayerAttention] = {}
     for words, attention in clauses:
-        selected = _select(words, num_layers)
-        taken = [layer for layer in selected if layer not in chosen]
-        if not taken:
-            raise ValueError(f"'{' '.join(words)} {attention}' names no layer that is still free among {num_layers}")
-        chosen.update(dict.fromkeys(taken, attention))
+        chosen.update(dict.fromkeys(_free(words, num_layers, chosen, f"{' '.join(words)} {attention}"), attention))
     missing = [layer for layer in range(num_layers) if layer not in chosen]
     if missing:
         raise ValueError(f"layers {missing} of {num_layers} are named by no clause; add 'rest full' or 'rest moba'")
     return tuple(chosen[layer] for layer in range(num_layers))
 
 
+def parse_layers(text: str, *, num_layers: int | None) -> frozenset[int]:
+    """The layers that a list such as `every 2` or `last 3, layers 0 5` names; none where it is empty.
+
+    With `num_layers=None` only the grammar is checked. Raises ValueError for a selector that cannot be read or names no layer
+    that those before it have not.
+    """
+    selectors = [_parse_selector(part.strip()) for part in text.split(",")] if text.strip() else []
+    if num_layers is None:
+        return frozenset()
+    chosen: dict[int, None] = {}
+    for words in selectors:
+        chosen.update(dict.fromkeys(_free(words, num_layers, chosen, " ".join(words))))
+    return frozenset(chosen)
+
+
+def _free(words: list[str], num_layers: int, chosen: Mapping[int, object], said: str) -> list[int]:
+    """The selected layers that are not chosen yet. Raises ValueError where there are none."""
+    selected = _select(words, num_layers)
+    free = [layer for layer in selected if layer not in chosen]
+    if not free:
+        remedy = f"all {len(selected)} that it selects are named before it; narrow what stands there, or leave this out"
+        if not selected:  # `every N` alone can come to none
+            remedy = f"{words[-1]} is more than there are; lower it, or leave this out"
+        raise ValueError(f"'{said}' names no layer that is still free among {num_layers}: {remedy}")
+    return free
+
+
 def _parse_clause(text: str, block_size: int, topk: int) -> tuple[list[str], LayerAttention]:
-    match = re.match(r"^(?P<selector>.*?)\s*(?P<kind>[a-z]+(\([^)]*\))?)$", text, re.IGNORECASE)
-    kind = _KIND.match(match["kind"].lower()) if match else None
-    if match is None or kind is None:
-        raise ValueError(f"'{text}' does not end in an attention kind; accepted: full, moba, moba(BLOCK_SIZE, TOPK)")
-    words = match["selector"].lower().split() or ["all"]
+    match = re.match(r"^(?P<selector>.*?)\s*(?P<kind>[a-z]+)(\((?P<numbers>\s*\d+\s*(,\s*\d+\s*)*)\))?$", text, re.IGNORECASE)
+    kind = match["kind"].lower() if match else ""
+    if match is None or kind not in KINDS:
+        raise ValueError(f"'{text}' does not end in an attention kind; accepted: {_SHAPES}")
+    words = _parse_selector(match["selector"] or "all")
+    names = _NUMBERS[kind]
+    numbers = [int(number) for number in match["numbers"].split(",")] if match["numbers"] else []
+    if kind == "moba" and not numbers:
+        numbers = [block_size, topk]
+    if len(numbers) != len(names):
+        raise ValueError(f"'{text}': {kind} takes {'(' + ', '.join(names) + ')' if names else 'no numbers'}")
+    if 0 in numbers:
+        raise ValueError(f"'{text}': {' and '.join(names)} must be at least 1")
+    return words, LayerAttention(kind=kind, **dict(zip(names, numbers)))
+
+
+def _parse_selector(text: str) -> list[str]:
+    words = text.lower().split()
     counts_ok = all(word.isdigit() for word in words[1:])
-    single = words[0] in ("all", "rest") and len(words) == 1
-    counted = words[0] in ("first", "last", "every") and len(words) == 2 and counts_ok and int(words[1]) > 0
-    listed = words[0] == "layers" and len(words) >= 2 and counts_ok
+    single = words in (["all"], ["rest"])
+    counted = words[:1] in (["first"], ["last"], ["every"]) and len(words) == 2 and counts_ok and int(words[1]) > 0
+    listed = words[:1] == ["layers"] and len(words) >= 2 and counts_ok
     if not (single or counted or listed):
-        raise ValueError(f"'{match['selector']}' does not select layers; accepted: {_SELECTORS}")
-    if kind["kind"] == "full":
-        if kind["block"]:
-            raise ValueError(f"'{match['kind']}': full attention takes no numbers")
-        return words, LayerAttention(kind="full")
-    block_size, topk = int(kind["block"] or block_size), int(kind["topk"] or topk)
-    if block_size < 1 or topk < 1:
-        raise ValueError(f"'{match['kind']}': block size and top-k must be at least 1")
-    return words, LayerAttention(kind="moba", block_size=block_size, topk=topk)
+        raise ValueError(f"'{text}' does not select layers; accepted: {_SELECTORS}")
+    return words
 
 
 def _select(words: list[str], num_layers: int) -> list[int]:

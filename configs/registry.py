@@ -26,7 +26,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.mapping import from_mapping, nearest, to_mapping
-from configs.schema import AttentionConfig, ConfigError, RopeConfig, RunConfig
+from configs.model_file import check_kept, initial, lay_over
+from configs.schema import AttentionConfig, ConfigError, PlanConfig, RopeConfig, RunConfig
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -35,7 +36,7 @@ T = TypeVar("T", bound="DataclassInstance")
 CONFIG_DIR = Path(__file__).parent
 REPOSITORY = CONFIG_DIR.parent
 # Keys of the composed mapping that hold for every stage, which may change parts of them; they are not fields of the run itself.
-_SHARED: dict[type, dict[str, type]] = {RunConfig: {"attention": AttentionConfig, "rope": RopeConfig}}
+_SHARED: dict[type, dict[str, type]] = {run: {"attention": AttentionConfig, "rope": RopeConfig} for run in (RunConfig, PlanConfig)}
 
 
 def _defaults(schema: type) -> dict[str, Any]:
@@ -166,13 +167,35 @@ def _compose(schema: type, config_name: str, overrides: Sequence[str]) -> dict[s
     except (OSError, UnicodeError) as error:  # these say nothing of the file
         chosen = ", ".join([config_name, *(f"{group}={value}" for group, value in choices.items())])
         raise ConfigError(f"one of {chosen} cannot be read: {error}") from None
+    if values.get("init_from"):
+        _begin_from(schema, values, config_name, [key for key, _ in arguments])
     for key, shared in _SHARED.get(schema, {}).items():
         common = values.pop(key)
         from_mapping(shared, common, f"{key}.")
         for stage in values["stages"] if isinstance(values["stages"], list) else []:
             if isinstance(stage, dict) and isinstance(stage.setdefault(key, {}), dict):
-                stage[key] = common | stage[key]
+                stage[key] = lay_over(common, stage[key])
     return values
+
+
+def _begin_from(schema: type, values: dict[str, Any], config_name: str, keys: Sequence[str]) -> None:
+    """Puts the model and rope of `init_from` under what the arguments and files say of them beyond the root file. Raises ConfigError.
+
+    A plan may be made where the weights are not: it goes by the files alone.
+    """
+    with hydra.initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
+        plain = typing.cast(dict[str, Any], OmegaConf.to_container(hydra.compose(config_name=config_name), resolve=True))
+    given = to_mapping(from_mapping(RunConfig, {key: values[key] for key in ("run_dir", "init_from", "resume")}))
+    try:
+        found = to_mapping(initial(given["run_dir"], given["init_from"], given["resume"]))
+    except ConfigError:
+        if schema is PlanConfig and not Path(given["init_from"]).exists():
+            return
+        raise
+    for part in ("model", "rope"):
+        chosen = {key: value for key, value in values[part].items() if value != plain[part].get(key) or {part, f"{part}.{key}"} & set(keys)}
+        values[part] = lay_over(found[part], chosen) if part == "rope" else found[part] | chosen
+    check_kept(found["model"], values["model"], given["init_from"])
 
 
 def compose(schema: type[T], *, config_name: str, overrides: Sequence[str] = ()) -> T:

@@ -4,10 +4,11 @@ Standard library only. Each class checks itself in `__post_init__` and raises `C
 the value given and what is accepted; checks that need two objects live in `configs.checks`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from configs.layers import LayerAttention, parse_rule
+from configs.layers import LayerAttention, parse_layers, parse_rule
 
 
 class ConfigError(ValueError):
@@ -30,12 +31,23 @@ class Device(Enum):
 
 
 class AttentionBackend(Enum):
-    """Implementation of MoBA: `auto` chooses by device, `reference` is the O(T²) specification (full layers use theirs too)."""
+    """Implementation of MoBA: `auto` chooses by device, `reference` is the O(T²) specification; full and sliding layers use theirs of
+    that name, or what `auto` takes."""
 
     AUTO = "auto"
     REFERENCE = "reference"
     TORCH = "torch"
     TRITON = "triton"
+
+
+class RopeScaling(Enum):
+    """How RoPE's frequencies are stretched beyond the length they were trained at; the formulas are in `model.rope`."""
+
+    NONE = "none"
+    LINEAR = "linear"
+    NTK = "ntk"
+    YARN = "yarn"
+    LLAMA3 = "llama3"
 
 
 class ScheduleKind(Enum):
@@ -76,27 +88,33 @@ class KernelPrecision(Enum):
 
 class KernelInputs(Enum):
     """What kernels are measured on: `random` draws everything from a normal distribution; in `skewed`, as in trained models, most
-    queries choose the first block of their document, and otherwise rather near blocks than far ones."""
+    queries choose the first block of their document, and otherwise rather near blocks than far ones; `trained` takes q, k and v
+    from a layer of a checkpoint that reads text."""
 
     RANDOM = "random"
     SKEWED = "skewed"
+    TRAINED = "trained"
 
 
 class KernelDocuments(Enum):
-    """How the measured tokens are cut into documents: `one`, or five of `mixed` lengths, of which the longest has half the tokens."""
+    """How the measured tokens are cut into documents: `one`, five of `mixed` lengths, of which the longest has half the tokens, or
+    many of `equal` length."""
 
     ONE = "one"
     MIXED = "mixed"
+    EQUAL = "equal"
 
 
 class AttentionKernel(Enum):
-    """Rows of the attention benchmark: MoBA backends, the `flash_moba` package, and dense causal attention over one document."""
+    """Rows of the attention benchmark: MoBA backends, the `flash_moba` package, and dense causal attention: its backends `cudnn` and
+    `flash`, and `full`, what its door chooses of them."""
 
     TRITON = "triton"
     TORCH = "torch"
     FLASH_MOBA = "flash_moba"
     CUDNN = "cudnn"
-    FA2 = "fa2"
+    FLASH = "flash"
+    FULL = "full"
 
 
 class InvalidText(Enum):
@@ -142,7 +160,7 @@ class ModelConfig:
     ffn_size: int = 704
     """Inner width of the SwiGLU feed-forward."""
     max_seq_len: int = 8192
-    """Positions that RoPE is meant for, in tokens: no row and no generation may be longer."""
+    """Positions that RoPE is meant for, in tokens; `RopeConfig.max_context` says when rows and generation may be longer."""
     norm_eps: float = 1e-5
     """Added to the mean square inside RMSNorm."""
     tie_embeddings: bool = True
@@ -151,6 +169,8 @@ class ModelConfig:
     """Biases on the q, k, v projections (Qwen2)."""
     qk_norm: bool = False
     """RMSNorm on each head's q and k before RoPE (Qwen3)."""
+    key_conv: int = 0
+    """Width of the convolution over each layer's keys (FlashMoBA): 3 or 5 tokens; 0 has none."""
     init_std: float = 0.02
     """Standard deviation of every weight matrix at the start; output projections are scaled by 1/sqrt(2 num_layers)."""
 
@@ -159,19 +179,90 @@ class ModelConfig:
         divides = self.num_heads % self.num_kv_heads == 0
         _require(divides, "num_heads", self.num_heads, f"must be a multiple of num_kv_heads={self.num_kv_heads}")
         _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even (RoPE rotates pairs)")
+        _require(self.key_conv in (0, 3, 5), "key_conv", self.key_conv, "accepted: 0, 3, 5")
         _require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
         _require(self.init_std > 0, "init_std", self.init_std, "must be positive")
 
 
+# Fields of RopeConfig that a form of scaling reads, besides theta.
+_ROPE_FIELDS = {
+    RopeScaling.NONE: (),
+    RopeScaling.LINEAR: ("factor",),
+    RopeScaling.NTK: ("factor",),
+    RopeScaling.YARN: ("factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor", "interpolation"),
+    RopeScaling.LLAMA3: ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor", "interpolation"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary positions."""
+    """Rotary positions. A field that the chosen scaling does not read must be left at its default."""
 
     theta: float = 10000.0
     """Base of the rotation frequencies."""
+    scaling: RopeScaling = RopeScaling.NONE
+    """none, linear (position interpolation), ntk (NTK-aware change of base), yarn or llama3 (as Llama 3.1)."""
+    factor: float = 1.0
+    """How many times further positions reach; above 1, for every scaling but none."""
+    original_max_seq_len: int = 0
+    """Tokens that the frequencies were trained at before any scaling, for yarn and llama3."""
+    beta_fast: float = 32.0
+    """Turns over original_max_seq_len from which a frequency keeps its speed, for yarn."""
+    beta_slow: float = 1.0
+    """Turns over original_max_seq_len below which a frequency is divided by factor, for yarn."""
+    attention_factor: float = 0.0
+    """What cos and sin are multiplied by, for yarn; 0: 0.1 ln(factor) + 1."""
+    low_freq_factor: float = 1.0
+    """Turns over original_max_seq_len below which a frequency is divided by factor, for llama3."""
+    high_freq_factor: float = 4.0
+    """Turns over original_max_seq_len from which a frequency keeps its speed, for llama3."""
+    interpolation: float = 1.0
+    """Divides all positions besides, for yarn and llama3: linear on top of what a released model has (Llama 3.1 beyond 128K)."""
+    nope: str = ""
+    """Layers without positions (NoPE): `every 2`, `last 3, layers 0 5`, with the selectors of attention.rule; empty: none."""
 
     def __post_init__(self) -> None:
+        self.nope_layers(None)
         _require(self.theta > 1, "theta", self.theta, "must be greater than 1")
+        used = _ROPE_FIELDS[self.scaling]
+        for key in dict.fromkeys(key for keys in _ROPE_FIELDS.values() for key in keys if key not in used):
+            value = getattr(self, key)
+            _require(value == getattr(RopeConfig, key), key, value, f"scaling={self.scaling.value} has no use for it; leave it out")
+        if "factor" in used:
+            _require(self.factor > 1, "factor", self.factor, f"must be greater than 1 for scaling={self.scaling.value}")
+        if "original_max_seq_len" in used:
+            _at_least(self, 1, "original_max_seq_len")
+        _at_least(self, 0, "attention_factor")
+        _at_least(self, 1, "interpolation")
+        for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
+            slower, faster = getattr(self, low), getattr(self, high)
+            _require(slower > 0, low, slower, "must be positive")
+            _require(faster > slower, high, faster, f"must be greater than {low}={slower}")
+
+    def nope_layers(self, num_layers: int | None) -> frozenset[int]:
+        """The layers without positions; None checks the grammar alone. Raises ConfigError where a selector names none that is left."""
+        try:
+            return parse_layers(self.nope, num_layers=num_layers)
+        except ValueError as error:
+            raise ConfigError(f"nope={self.nope!r}: {error}") from None
+
+    def reach(self, max_seq_len: int) -> int:
+        """Longest distance, in tokens, that these positions are good for in a model whose own are meant for `max_seq_len`.
+
+        yarn and llama3 say themselves what they stretch, and the longer of both counts: a released file may give as the model's
+        own length the stretched one (Llama 3.1: 131072, though 8 x 8192 is less) or the one before (Qwen2.5).
+        """
+        stretched = (self.original_max_seq_len or max_seq_len) * self.factor
+        return int(max(max_seq_len, stretched) * self.interpolation)
+
+    def max_context(self, max_seq_len: int, attention: Sequence[LayerAttention]) -> int | None:
+        """Longest document, in tokens, for layers with `attention` in such a model; None: any.
+
+        RoPE sees distances alone, so a layer whose window is within reach sets no limit, nor does one without positions.
+        """
+        reach, nope = self.reach(max_seq_len), self.nope_layers(len(attention))
+        turned = [layer_attention for layer, layer_attention in enumerate(attention) if layer not in nope]
+        return reach if any(layer.kind != "sliding" or layer.window > reach for layer in turned) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,20 +270,27 @@ class AttentionConfig:
     """Which attention each layer uses."""
 
     rule: str = "full"
-    """Layers to kinds, first match wins: `full`, `moba`, `last 3 full, rest moba`, `every 2 full, rest moba(512, 3)`."""
+    """Layers to kinds, first match wins: `full`, `moba`, `last 3 full, rest moba`, `every 2 moba(512, 3), rest sliding(256)`."""
     block_size: int = 512
     """Tokens in a MoBA block, where the rule says plain `moba`."""
     topk: int = 3
     """Blocks a query sees, its own included, where the rule says plain `moba`."""
     backend: AttentionBackend = AttentionBackend.AUTO
     """auto, reference, torch or triton."""
+    workspace_mib: int = 1024
+    """Memory that the triton backend may hold of partial results beyond inputs, output and gradients, in MiB."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "block_size", "topk")
+        _at_least(self, 1, "block_size", "topk", "workspace_mib")
         try:
             parse_rule(self.rule, num_layers=None, block_size=self.block_size, topk=self.topk)
         except ValueError as error:
             raise ConfigError(f"rule={self.rule!r}: {error}") from None
+
+    @property
+    def workspace(self) -> int:
+        """`workspace_mib` in bytes."""
+        return self.workspace_mib << 20
 
     def per_layer(self, num_layers: int) -> tuple[LayerAttention, ...]:
         """The attention of layers 0..num_layers-1. Raises ConfigError where a clause names no layer or a layer has none."""
@@ -224,7 +322,10 @@ class StageConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "tokens", "seq_len", "batch_tokens")
         _require(self.lr_scale > 0, "lr_scale", self.lr_scale, "must be positive")
-        _require(self.batch_tokens % self.seq_len == 0, "batch_tokens", self.batch_tokens, f"must be a multiple of seq_len={self.seq_len}")
+        below = self.batch_tokens // self.seq_len * self.seq_len
+        near = f"{below} and {below + self.seq_len} are" if below else f"{self.seq_len} is the least"
+        divides = self.batch_tokens == below
+        _require(divides, "batch_tokens", self.batch_tokens, f"must be a multiple of seq_len={self.seq_len}; {near}")
 
     @property
     def rows(self) -> int:
@@ -270,7 +371,7 @@ class TokenizerConfig:
     kind: TokenizerKind = TokenizerKind.TRAIN
     """train, sentencepiece (a tokenizer.model) or huggingface (a tokenizer.json)."""
     path: str = ""
-    """File of an existing tokenizer."""
+    """File of an existing tokenizer, or a folder with one."""
     vocab_size: int = 8192
     """Tokens to learn, for `train`."""
     train_bytes: int = 4_000_000
@@ -335,16 +436,20 @@ class OptimConfig:
     schedule: ScheduleKind = ScheduleKind.COSINE
     """cosine, wsd (warm-up, stable, decay), linear or constant, over the whole run's tokens."""
     warmup_fraction: float = 0.02
-    """Share of the run's tokens with a linear rise from 0."""
+    """Share of the run's tokens with a linear rise from 0, unless warmup_tokens is given."""
+    warmup_tokens: int = 0
+    """The same in tokens, so that it does not move with the length of the run; 0 leaves it to warmup_fraction."""
     decay_fraction: float = 0.2
-    """Share of the run's tokens with the final linear fall, for wsd."""
+    """Share of the run's tokens with the final linear fall, for wsd, unless decay_tokens is given."""
+    decay_tokens: int = 0
+    """The same in tokens, for branches of any length off a stable stretch; 0 leaves it to decay_fraction."""
     min_lr_ratio: float = 0.1
     """Final learning rate as a share of the peak, for cosine, wsd and linear."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "lr", self.lr, "must be positive")
         _require(self.eps > 0, "eps", self.eps, "must be positive")
-        _at_least(self, 0, "weight_decay", "clip_norm")
+        _at_least(self, 0, "weight_decay", "clip_norm", "warmup_tokens", "decay_tokens")
         for key in ("beta1", "beta2"):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "must lie in [0, 1)")
         _fraction(self, "warmup_fraction", "decay_fraction", "min_lr_ratio")
@@ -352,6 +457,16 @@ class OptimConfig:
             _require(family in ("norm", "bias", "embedding"), "no_decay", family, "accepted: norm, bias, embedding")
         together = self.warmup_fraction + (self.decay_fraction if self.schedule is ScheduleKind.WSD else 0)
         _require(together <= 1, "warmup_fraction + decay_fraction", together, "must not exceed 1")
+        unused = self.decay_tokens > 0 and self.schedule is not ScheduleKind.WSD
+        _require(not unused, "decay_tokens", self.decay_tokens, f"only schedule=wsd decays over set tokens, this is {self.schedule.value}")
+
+    def warmup(self, total_tokens: int) -> float:
+        """Tokens of the warm-up in a run of `total_tokens`."""
+        return self.warmup_tokens or self.warmup_fraction * total_tokens
+
+    def decay(self, total_tokens: int) -> float:
+        """Tokens of the final fall in a run of `total_tokens`: for wsd, else 0."""
+        return (self.decay_tokens or self.decay_fraction * total_tokens) if self.schedule is ScheduleKind.WSD else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,13 +476,19 @@ class ParallelConfig:
     zero_stage: int = 1
     """DeepSpeed ZeRO stage: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters sharded."""
     micro_batch_rows: int = 1
-    """Rows in one forward pass on one rank."""
+    """Rows in one forward pass on one rank, unless micro_batch_tokens is given."""
+    micro_batch_tokens: int = 0
+    """Tokens in one forward pass on one rank, at most, but a row at least: each stage takes as many of its rows as fit and divide the
+    rank's share of a step; 0 leaves it to micro_batch_rows."""
     precision: Precision = Precision.FP32
     """fp32 or bf16."""
 
     def __post_init__(self) -> None:
         _require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "accepted: 0, 1, 2, 3")
         _at_least(self, 1, "micro_batch_rows")
+        _at_least(self, 0, "micro_batch_tokens")
+        one_of = self.micro_batch_rows == 1 or not self.micro_batch_tokens
+        _require(one_of, "micro_batch_tokens", self.micro_batch_tokens, f"leave it out, or micro_batch_rows={self.micro_batch_rows}")
         # DeepSpeed 0.19's bf16 path without ZeRO starts Adam's step counter one too high: first updates about 0.73 of what they should be.
         _require(not (self.zero_stage == 0 and self.precision is Precision.BF16), "zero_stage", 0, "bf16 needs ZeRO 1, 2 or 3")
 
@@ -432,6 +553,9 @@ class RunConfig:
     """Seeds initialisation and the order of documents."""
     device: Device = Device.AUTO
     """auto, cpu or cuda."""
+    init_from: str = ""
+    """Weights that the run begins with, and their model and rope: a folder of `scripts.convert from_hf`, a checkpoint or a run's folder;
+    empty draws new ones."""
     resume: str = "auto"
     """auto (newest valid checkpoint of run_dir, else start), never (run_dir must hold no checkpoint), or a checkpoint's path."""
     max_steps: int = 0
@@ -466,6 +590,33 @@ class RunConfig:
         """Tokens of all stages, rounded up to whole steps."""
         return sum(stage.steps * stage.batch_tokens for stage in self.stages)
 
+    def micro_batch_rows(self, stage: StageConfig, world_size: int) -> int:
+        """Rows in one forward pass of a rank in this stage."""
+        if not self.parallel.micro_batch_tokens:
+            return self.parallel.micro_batch_rows
+        share = max(1, stage.rows // world_size)
+        most = max(1, self.parallel.micro_batch_tokens // stage.seq_len)
+        return max(rows for rows in range(1, min(most, share) + 1) if share % rows == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(RunConfig):
+    """`scripts.plan`: a training run, and what it is planned for."""
+
+    num_gpus: int = 8
+    """GPUs, one rank each."""
+    gpu: str = "H200"
+    """Kind of GPU, one of those in `train/gpus.py`."""
+    mfu: float = 0.4
+    """Share of the GPUs' bf16 peak at which executed FLOPs run (`mfu_executed` in a run's figures)."""
+    measure: bool = False
+    """Also time the layers' shapes on this machine's device and count what they hold."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "num_gpus")
+        _require(0 < self.mfu <= 1, "mfu", self.mfu, "must lie in (0, 1]")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
@@ -487,7 +638,7 @@ class EvaluateConfig:
     """`scripts.evaluate`: perplexity of held-out long documents."""
 
     checkpoint: str = ""
-    """A run folder or its `checkpoints` (the newest valid one), or a checkpoint folder."""
+    """A run folder or its `checkpoints` (the newest valid one), a checkpoint folder, or a folder of `scripts.convert from_hf`."""
     data: DataConfig = field(default_factory=DataConfig)
     output_dir: str = ""
     """Folder of the report; empty: `evaluation` inside the run folder."""
@@ -517,6 +668,23 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """`scripts.convert`: weights from and to Hugging Face."""
+
+    source: str = ""
+    """The first path: what is read."""
+    target: str = ""
+    """The second path: the folder that is made."""
+    shard_bytes: int = 5_000_000_000
+    """Weights of more bytes are written in several files, each of at most so many (or one tensor)."""
+
+    def __post_init__(self) -> None:
+        for key, what in (("source", "a folder to read"), ("target", "a folder to make")):
+            _require(bool(getattr(self, key)), key, repr(getattr(self, key)), f"must be {what}")
+        _at_least(self, 1, "shard_bytes")
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
     """`scripts.benchmark attention`: time and memory of attention kernels on one GPU."""
 
@@ -524,10 +692,10 @@ class BenchmarkConfig:
     """Tokens in one call, over all documents."""
     settings: tuple[tuple[int, ...], ...] = ((128, 8), (512, 3), (1024, 8), (4096, 12))
     """MoBA settings, each [block_size, topk] (tokens, blocks); topk counts the query's own block."""
-    rows: tuple[AttentionKernel, ...] = (AttentionKernel.TRITON, AttentionKernel.FLASH_MOBA, AttentionKernel.CUDNN, AttentionKernel.FA2)
-    """What is measured: triton, torch, flash_moba (where installed), cudnn, fa2. Sparse efficiency needs cudnn."""
+    rows: tuple[AttentionKernel, ...] = (AttentionKernel.TRITON, AttentionKernel.FLASH_MOBA, AttentionKernel.CUDNN, AttentionKernel.FLASH)
+    """What is measured: triton, torch, flash_moba (where installed), cudnn, flash, full. Sparse efficiency needs cudnn."""
     dense_up_to: int = 131072
-    """Longest call in tokens for the dense rows, cudnn and fa2, whose time grows with the square."""
+    """Longest call in tokens for the dense rows, cudnn, flash and full, whose time grows with the square."""
     num_heads: int = 16
     """Query heads."""
     num_kv_heads: int = 16
@@ -536,10 +704,19 @@ class BenchmarkConfig:
     """Width of one head."""
     dtype: KernelPrecision = KernelPrecision.BF16
     """bf16 or fp16."""
-    inputs: KernelInputs = KernelInputs.RANDOM
-    """random or skewed."""
-    documents: KernelDocuments = KernelDocuments.ONE
-    """one or mixed; the dense rows always see one."""
+    inputs: tuple[KernelInputs, ...] = (KernelInputs.RANDOM,)
+    """random, skewed, trained: MoBA rows are measured on each; dense rows, whose time hardly depends on it, on random."""
+    documents: tuple[KernelDocuments, ...] = (KernelDocuments.ONE,)
+    """one, mixed, equal: rows are measured on each; dense rows on one besides."""
+    document_tokens: tuple[int, ...] = (512,)
+    """Tokens in each document (the last may have fewer), for documents=equal: measured with each."""
+    checkpoint: str = ""
+    """A run folder, a checkpoint folder or a folder of `scripts.convert from_hf`, for inputs=trained; num_heads, num_kv_heads and head_dim
+    of all rows are then its model's."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Corpus whose longest held-out documents, then training documents, the checkpoint reads: one stream of as many tokens as needed."""
+    layer: int = -1
+    """Layer of the checkpoint whose q, k and v are taken, counted from 0, or from the last, -1."""
     backward: bool = True
     """Measure forward+backward beside forward."""
     repeats: int = 10
@@ -550,13 +727,17 @@ class BenchmarkConfig:
     """Folder of attention.csv and attention.png."""
 
     def __post_init__(self) -> None:
-        for key in ("lengths", "settings", "rows"):
+        for key in ("lengths", "settings", "rows", "inputs", "documents", "document_tokens"):
             values = getattr(self, key)
             shown = [value.value if isinstance(value, Enum) else value for value in values]
             _require(len(values) > 0, key, "[]", "must hold at least one")
             _require(len(set(values)) == len(values), key, shown, "must not hold the same twice")
-        for length in self.lengths:
-            _require(length >= 1, "lengths", length, "must be at least 1")
+        for key in ("lengths", "document_tokens"):
+            for length in getattr(self, key):
+                _require(length >= 1, key, length, "must be at least 1")
+        trained = KernelInputs.TRAINED in self.inputs
+        _require(bool(self.checkpoint) or not trained, "checkpoint", repr(self.checkpoint), "must be given for inputs=trained")
+        _require(trained or not self.checkpoint, "checkpoint", self.checkpoint, "is read for inputs=trained alone")
         for setting in self.settings:
             _require(len(setting) == 2 and min(setting) >= 1, "settings", list(setting), "each must be [block_size, topk], both at least 1")
         _at_least(self, 1, "num_heads", "num_kv_heads", "head_dim", "repeats")

@@ -7,13 +7,20 @@ import hashlib
 import io
 import json
 import re
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from configs.schema import ConfigError, TokenizerKind
 
 FILE_NAMES = {"tokenizer.model": TokenizerKind.SENTENCEPIECE, "tokenizer.json": TokenizerKind.HUGGINGFACE}
+# What released models keep with their tokenizer: how it is set up, chats are written and text is generated.
+_COMPANIONS = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template.jinja", "generation_config.json"),
+)
 _SPACE = "\u2581"  # sentencepiece's own mark for a space
 _KNOWN_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[BOS]", "[CLS]")
 _KNOWN_EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[EOS]", "[SEP]")
@@ -39,6 +46,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; separators vanish."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """A `tokenizer_config.json` under which transformers reads the file as we do, with the bos before each text."""
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -74,6 +85,13 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([int(i) for i in ids])
 
+    def settings(self) -> dict[str, Any]:
+        starts_with_space = self._model.encode("a", out_type=str)[:1][0].startswith(_SPACE)
+        names = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self._model.unk_id()}
+        pieces = {key: self._model.id_to_piece(number) for key, number in names.items()}
+        fixed = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "clean_up_tokenization_spaces": False}
+        return {**fixed, "add_bos_token": True, "add_eos_token": False, "add_prefix_space": starts_with_space, **pieces}
+
 
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json` of the `tokenizers` library; separators from the `tokenizer_config.json` beside it, else by their usual names."""
@@ -103,6 +121,11 @@ class HuggingFaceTokenizer(Tokenizer):
         separators = {self.bos_id, self.eos_id}
         return self._model.decode([int(i) for i in ids if int(i) not in separators], skip_special_tokens=False)
 
+    def settings(self) -> dict[str, Any]:
+        names = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        tokens = {key: self._model.id_to_token(number) for key, number in names.items()}
+        return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **tokens}
+
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in file `path`, or the `tokenizer.model` / `tokenizer.json` in folder `path`. Raises ConfigError, `path` first."""
@@ -121,6 +144,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; needs a tokenizer.model or a tokenizer.json") from None
     return HuggingFaceTokenizer(content, str(path), _settings(settings, path))
+
+
+def tokenizer_hashes(folder: Path) -> list[str]:
+    """The hash of each tokenizer file that lies in `folder`: a released model may bring both forms."""
+    return [content_hash((folder / name).read_bytes()) for name in FILE_NAMES if (folder / name).is_file()]
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copies the tokenizer in `source` with all that goes with it into the folder `target`; the names of the files."""
+    names = [name for name in (*FILE_NAMES, *_COMPANIONS) if (source / name).is_file()]
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    return names
 
 
 def _settings(content: bytes, path: Path) -> dict:

@@ -1,4 +1,5 @@
-"""What cached generation keeps of one layer: rotated keys, values and, in a MoBA layer, the means of whole blocks."""
+"""What cached generation keeps of one layer: keys as attention reads them, values and, in a MoBA layer, the means of whole
+blocks; where keys are convolved, the last raw ones too."""
 
 import torch
 from torch import Tensor
@@ -8,31 +9,37 @@ from model.ops.moba import update_block_means
 
 
 class LayerCache:
-    """Keys and values of one sequence in one layer."""
+    """Keys and values of one sequence in one layer; of a sliding layer those inside the window alone, in no order."""
 
     def __init__(self, attention: LayerAttention, capacity: int, empty: Tensor) -> None:
         """Room for `capacity` tokens, with the heads, width, dtype and device of `empty` `[0, Hkv, D]`."""
         self.attention = attention
         self.length = 0
+        """Tokens of the sequence so far."""
         self.block_means = empty.to(torch.promote_types(empty.dtype, torch.float32))
-        """Mean key of each whole block, `[length // block_size, Hkv, D]` in fp32 at least; stays empty in a full layer."""
-        self._keys = empty.new_empty(capacity, *empty.shape[1:])
-        self._values = empty.new_empty(capacity, *empty.shape[1:])
+        """Mean key of each whole block, `[length // block_size, Hkv, D]` in fp32 at least; stays empty but in a MoBA layer."""
+        self.raw_keys = empty.flatten(1)
+        """What the key convolution reads before the next token, `[at most width - 1, Hkv * D]`; stays empty without one."""
+        room = min(capacity, attention.window) if attention.kind == "sliding" else capacity
+        self._keys = empty.new_empty(room, *empty.shape[1:])
+        self._values = empty.new_empty(room, *empty.shape[1:])
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Add n tokens: rotated keys and values `[n, Hkv, D]`."""
-        start, self.length = self.length, self.length + len(k)
-        self._keys[start : self.length] = k
-        self._values[start : self.length] = v
+        """Add n tokens: keys and values `[n, Hkv, D]`."""
+        self.length += len(k)
+        room = len(self._keys)
+        place = torch.arange(max(self.length - room, self.length - len(k)), self.length, device=k.device)
+        self._keys[place % room] = k[-room:]
+        self._values[place % room] = v[-room:]
         if self.attention.kind == "moba":
             self.block_means = update_block_means(self.block_means, self.keys, block_size=self.attention.block_size)
 
     @property
     def keys(self) -> Tensor:
-        """`[length, Hkv, D]`."""
+        """`[length, Hkv, D]`; in a sliding layer at most `window` of them."""
         return self._keys[: self.length]
 
     @property
     def values(self) -> Tensor:
-        """`[length, Hkv, D]`."""
+        """`[length, Hkv, D]`; in a sliding layer at most `window` of them."""
         return self._values[: self.length]

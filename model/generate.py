@@ -29,7 +29,7 @@ def generate(
         seed: of the sampling, which is drawn on the CPU and so does not depend on the device.
 
     Returns: the new tokens alone, int64 `[m]` on the CPU, 1 <= m <= max_new_tokens, `eos_id` included where it came.
-    Raises: ValueError for an empty prompt, a token outside the vocabulary, a sum longer than max_seq_len, a bad option.
+    Raises: ValueError for an empty prompt, a token outside the vocabulary, a sum beyond `RopeConfig.max_context`, a bad option.
     """
     _check(model, prompt, max_new_tokens, temperature, top_p)
     cursor = Cursor(model, capacity=len(prompt) + max_new_tokens)
@@ -78,15 +78,16 @@ def _check(model: Transformer, prompt: Tensor, max_new_tokens: int, temperature:
         raise ValueError(f"prompt has shape {tuple(prompt.shape)} and dtype {prompt.dtype}; accepted: int64 [n]")
     if len(prompt) == 0:
         raise ValueError("prompt is empty; accepted: at least 1 token")
-    vocab_size, max_seq_len = model.config.vocab_size, model.config.max_seq_len
+    vocab_size = model.config.vocab_size
     lowest, highest = int(prompt.min()), int(prompt.max())
     if lowest < 0 or highest >= vocab_size:
         raise ValueError(f"prompt holds tokens {lowest}..{highest}; the model's vocabulary is 0..{vocab_size - 1}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}; accepted: at least 1")
-    if len(prompt) + max_new_tokens > max_seq_len:
+    longest = model.rope.max_context(model.config.max_seq_len, model.attention)
+    if longest is not None and len(prompt) + max_new_tokens > longest:
         total = f"{len(prompt)} + {max_new_tokens} = {len(prompt) + max_new_tokens}"
-        raise ValueError(f"prompt and new tokens are {total} tokens; the model's max_seq_len={max_seq_len}")
+        raise ValueError(f"prompt and new tokens are {total} tokens; the model's RoPE is good for {longest}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature={temperature}; accepted: 0 (greedy) or a positive finite number")
     if not 0 < top_p <= 1:

@@ -1,7 +1,8 @@
-"""The parts that every decoder layer repeats: RMSNorm and the SwiGLU feed-forward."""
+"""The parts that every decoder layer repeats: RMSNorm, the SwiGLU feed-forward and the convolution over keys."""
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from configs.schema import ModelConfig
@@ -30,3 +31,54 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class KeyConvolution(nn.Module):
+    """k'_t = k_t + SiLU(Σ_{l < width} w_l ∘ k_{t-l}) along each document: depthwise, causal (FlashMoBA, arXiv 2511.11571).
+
+    Ours, where the paper (its MoBA layers have no positions) leaves it open: it acts on what k_proj gives, before the norm of
+    keys and before RoPE, as short convolutions of keys do elsewhere (Gated DeltaNet, arXiv 2412.06464). Behind RoPE, SiLU would
+    make the scores depend on absolute positions. It is in every layer, so that a layer's attention can still change its kind.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.zeros(width, channels))
+
+    def forward(self, k: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """`[N, channels]` to `[N, channels]` over packed documents with bounds cu_seqlens int32 `[n+1]`, zero before each."""
+        bounds = cu_seqlens.to(k.device, torch.int64)
+        offset = torch.arange(len(k), device=k.device)
+        offset = offset - bounds[:-1].repeat_interleave(bounds.diff(), output_size=len(k))
+        return k + functional.silu(_CausalSum.apply(k, self.weight, offset))
+
+
+class _CausalSum(torch.autograd.Function):
+    """Σ_l w_l ∘ k_{t-l} over the tokens before t in its document, fp32 at least; k alone is kept, not its shifted copies.
+
+    k `[N, channels]`, w `[width, channels]`, offset int64 `[N]`: each token's place in its document, from 0.
+    """
+
+    @staticmethod
+    def forward(ctx, k: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
+        ctx.save_for_backward(k, weight, offset)
+        wide = k.to(torch.promote_types(k.dtype, torch.float32))
+        total = wide * weight[0]
+        for lag in range(1, min(len(weight), len(k))):
+            total[lag:] += (wide[:-lag] * weight[lag]).masked_fill_((offset[lag:] < lag)[:, None], 0)
+        return total.to(k.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_total: Tensor):
+        k, weight, offset = ctx.saved_tensors
+        compute = torch.promote_types(k.dtype, torch.float32)
+        wide, d_total = k.to(compute), d_total.to(compute)
+        d_k, d_weight = d_total * weight[0], torch.zeros_like(weight, dtype=compute)
+        d_weight[0] = (d_total * wide).sum(dim=0)
+        for lag in range(1, min(len(weight), len(k))):
+            reached = d_total[lag:].masked_fill((offset[lag:] < lag)[:, None], 0)
+            d_k[:-lag] += reached * weight[lag]
+            d_weight[lag] = (reached * wide[:-lag]).sum(dim=0)
+        return d_k.to(k.dtype), d_weight.to(weight.dtype), None

@@ -17,7 +17,7 @@ from model.rope import rotary_table
 
 IGNORE = -100
 # Logits held at once while the loss is taken, in elements (1 GiB in fp32): 128K tokens x 128K words would be 64 GiB.
-_LOGITS_BUDGET = 1 << 28
+LOGITS_BUDGET = 1 << 28
 
 
 class Block(nn.Module):
@@ -38,14 +38,23 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Its state_dict holds parameters only, the same for every attention and every RoPE setting."""
 
-    def __init__(self, config: ModelConfig, attention: tuple[LayerAttention, ...], rope: RopeConfig, backend: str = "auto") -> None:
-        """`attention` as from `AttentionConfig.per_layer`; `backend` one of `model.attention.BACKENDS`. Raises ValueError.
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: tuple[LayerAttention, ...],
+        rope: RopeConfig,
+        backend: str = "auto",
+        workspace: int = 1 << 30,
+    ) -> None:
+        """`attention` as from `AttentionConfig.per_layer`; `backend` one of `model.attention.BACKENDS`; `workspace` the bytes
+        that `moba_attention` may hold of partial results. Raises ValueError.
 
         Weights are PyTorch's defaults until `model.init.initialise` or `load_state_dict`.
         """
         super().__init__()
         self.config = config
         self.backend = backend
+        self.workspace = workspace
         self.set_attention(attention)
         self.set_rope(rope)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -63,7 +72,8 @@ class Transformer(nn.Module):
         self.attention = tuple(per_layer)
 
     def set_rope(self, rope: RopeConfig) -> None:
-        """Switch the rotary positions, between any two steps; nothing else changes."""
+        """Switch the rotary positions, between any two steps; nothing else changes. Raises ValueError."""
+        self.nope_layers = rope.nope_layers(self.config.num_layers)
         self.rope = rope
 
     def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -86,12 +96,13 @@ class Transformer(nn.Module):
         table = rotary_table(positions, self.config.head_dim, self.rope)
         for index, layer in enumerate(self.layers):
             cache = caches[index] if caches else None
-            x = layer(x, table, cu_seqlens, self.attention[index], self.backend, cache)
+            turn = None if index in self.nope_layers else table
+            x = layer(x, turn, cu_seqlens, self.attention[index], self.backend, self.workspace, cache)
         return self.final_norm(x)
 
     def _losses(self, x: Tensor, labels: Tensor) -> Tensor:
         """fp32 `[N]`; in pieces, whose logits the backward pass computes again, where all logits would not fit."""
-        size = max(1, _LOGITS_BUDGET // self.config.vocab_size)
+        size = max(1, LOGITS_BUDGET // self.config.vocab_size)
         if len(x) <= size:
             return self._piece_losses(x, labels)
         pieces = zip(x.split(size), labels.split(size), strict=True)

@@ -1,11 +1,12 @@
 """Measure kernels: `python -m scripts.benchmark attention`.
 
     lengths=[8192,32768] settings=[[128,8],[512,3]]   tokens in a call; MoBA settings, each [block_size, topk]
-    inputs=skewed documents=mixed                     choices as trained models make them; several documents
+    inputs=[random,skewed] documents=[one,mixed]      choices as trained models make them; several documents
+    inputs=[random,trained] checkpoint=RUN            q, k and v of a trained model
     rows=[triton,cudnn] backward=false                which kernels; forward alone
 
 Forward and forward+backward time, eager and under a CUDA graph, peak memory and sparse efficiency of MoBA and dense attention on one
-GPU. A MoBA row is first checked against fp64; one that is wrong shows its error in place of a time, and the exit status is 1.
+GPU. A row is first checked against fp64; one that is wrong shows its error in place of a time, and the exit status is 1.
 Prints Markdown; writes attention.csv and attention.png into output_dir, anew after every row.
 """
 
@@ -13,6 +14,7 @@ import datetime
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # started by its path: the folder of this file would shadow top-level packages, the root would be missing
@@ -22,10 +24,11 @@ import torch
 
 from configs.mapping import nearest
 from configs.registry import command, fail, show
-from configs.schema import BenchmarkConfig, ConfigError
-from scripts.attention_benchmark.cases import all_cases, is_installed
+from configs.schema import BenchmarkConfig, ConfigError, KernelInputs, ModelConfig
+from scripts.attention_benchmark.cases import all_cases, is_installed, label
 from scripts.attention_benchmark.measure import CudaMeter, Result, measure
 from scripts.attention_benchmark.report import markdown, series, to_csv
+from scripts.attention_benchmark.trained import Trained
 from scripts.figures import plot_times
 from scripts.program import run
 
@@ -59,7 +62,11 @@ def benchmark(config: BenchmarkConfig) -> list[Result]:
     """All results, after the files are written. Raises ConfigError, before any measurement, where there is nothing to measure with."""
     if not torch.cuda.is_available():
         raise ConfigError("attention: needs a CUDA device and torch sees none")
-    cases = [(row, case) for row, case in all_cases(config) if is_installed(row)]
+    trained = None
+    if KernelInputs.TRAINED in config.inputs:
+        trained = Trained.open(config, CudaMeter.device)
+        config = with_heads_of(config, trained.model.config)
+    cases = [(row, case) for row, case in all_cases(config, trained) if is_installed(row)]
     if not cases:
         shown = ", ".join(row.value for row in config.rows)
         raise ConfigError(f"rows={shown}: none can be measured; see dense_up_to={config.dense_up_to} and what is installed")
@@ -69,9 +76,19 @@ def benchmark(config: BenchmarkConfig) -> list[Result]:
         result = measure(row, case, meter)
         results.append(result)
         found = result.problem or ", ".join(f"{name} {timing.median:.4g} ms" for name, timing in result.eager.items())
-        print(f"{case.num_tokens:,} tokens, {case.attention}, {row.value}: {found}", file=sys.stderr, flush=True)
+        print(f"{case.num_tokens:,} tokens, {label(case)}, {row.value}: {found}", file=sys.stderr, flush=True)
         _write(folder, results)
     return results
+
+
+def with_heads_of(config: BenchmarkConfig, model: ModelConfig) -> BenchmarkConfig:
+    """The config with the checkpoint's heads, so that all inputs have the same shapes. Raises ConfigError where others are asked for."""
+    heads = {key: getattr(model, key) for key in ("num_heads", "num_kv_heads", "head_dim")}
+    for key, value in heads.items():
+        if getattr(config, key) not in (value, getattr(BenchmarkConfig, key)):
+            raise ConfigError(f"{key}={getattr(config, key)}: the model of checkpoint={config.checkpoint} has {value}; leave it out")
+    print(", ".join(f"{key}={value}" for key, value in heads.items()) + f": those of {config.checkpoint}", file=sys.stderr, flush=True)
+    return replace(config, **heads)
 
 
 def describe() -> dict[str, str]:

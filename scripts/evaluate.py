@@ -30,9 +30,8 @@ from configs.schema import ConfigError, EvaluateConfig, Precision
 from model.transformer import Transformer
 from scripts.figures import plot_positions
 from scripts.program import run
-from train.checkpoint import read_state, resolve
+from train.checkpoint import resolve
 from train.distributed import choose_device
-from train.engine import load_weights
 from train.evaluate import (
     AttentionSettings,
     Document,
@@ -43,9 +42,9 @@ from train.evaluate import (
     open_corpus,
     score,
 )
+from train.initial import is_converted, load_into, state_of, tokenizers_of
 from train.report import describe_documents, describe_result, main_table, markdown, result_label
 from train.run_dir import describe_launch, write_atomically
-from train.stages import place_of
 
 FILES = ("position.png", "evaluation.md", "evaluation.json")
 
@@ -60,18 +59,17 @@ def main(config: EvaluateConfig) -> None:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """What evaluation.json holds, after it, the Markdown and the figure are written. Raises ConfigError before the long work."""
     device = choose_device(config.device)
-    checkpoint = _find(config)
-    state = read_state(checkpoint)
-    trained = state.run()
-    stage = place_of(trained, max(state.step - 1, 0)).stage  # of the last finished step
+    checkpoint = find_checkpoint(config.checkpoint)
+    state = state_of(checkpoint)
+    trained, stage = state.run(), state.stage()
     settings = attention_settings(config, trained, stage)
-    contexts = context_lengths(config, trained, stage)
-    corpus = open_corpus(config, state)
+    contexts = context_lengths(config, trained, stage, settings)
+    corpus = open_corpus(config.data, tokenizers_of(checkpoint))
     documents = choose_documents(corpus, config)
     folder = _make_folder(config, checkpoint)
 
-    model = Transformer(trained.model, next(iter(settings.values())), stage.rope, config.backend.value)
-    model.load_state_dict(load_weights(checkpoint, zero_stage=trained.parallel.zero_stage))
+    model = Transformer(trained.model, next(iter(settings.values())), stage.rope, config.backend.value, stage.attention.workspace)
+    load_into(model, checkpoint)
     model.to(device, torch.bfloat16 if config.precision is Precision.BF16 else torch.float32).eval()
     report = {
         "run": trained.name,
@@ -93,9 +91,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return report
 
 
-def _find(config: EvaluateConfig) -> Path:
+def find_checkpoint(path: str) -> Path:
+    """The whole checkpoint or converted folder that the key `checkpoint` names; damaged ones on the way are said. Raises ConfigError."""
+    if is_converted(Path(path)):
+        return Path(path)
     try:
-        return resolve(config.checkpoint, lambda text: print(text, file=sys.stderr))
+        return resolve(path, lambda text: print(text, file=sys.stderr))
     except ConfigError as error:
         raise ConfigError(f"checkpoint={error}") from None
 

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from configs.mapping import first_difference, from_mapping, to_mapping
-from configs.schema import CheckpointConfig, ConfigError, RunConfig
+from configs.schema import CheckpointConfig, ConfigError, RunConfig, ScheduleKind, StageConfig
 from train.distributed import Ranks, from_main, gather_objects, on_main
 from train.engine import Engine
+from train.optim import learning_rate
 from train.run_dir import CHECKPOINTS, DISK_FULL, unwritable, write_atomically
 from train.stages import place_of
 
@@ -52,6 +53,10 @@ class TrainingState:
             return from_mapping(RunConfig, self.config)
         except ConfigError as error:
             raise ConfigError(f"the config in the checkpoint of step {self.step}: {error}") from None
+
+    def stage(self) -> StageConfig:
+        """The stage of the last finished step. Raises ConfigError as `run` does."""
+        return place_of(self.run(), max(self.step - 1, 0)).stage
 
 
 def save(root: Path, engine: Engine, state: TrainingState, config: CheckpointConfig, ranks: Ranks) -> Path:
@@ -286,6 +291,25 @@ def check_fits(state: TrainingState, run: RunConfig, *, tokenizer_hash: str, ran
         raise ConfigError(
             f"resume={run.resume}: the checkpoint of step {state.step} has seen {state.tokens} tokens, these stages put {tokens} before "
             "that step; keep the stages it went through and change those after it"
+        )
+    _check_decay(state, before, run)
+
+
+def _check_decay(state: TrainingState, before: RunConfig, run: RunConfig) -> None:
+    """Raises ConfigError where a wsd schedule would drop at the checkpoint from the learning rate that it was trained at: it is the
+    decay of a branch that begins too early, or a warm-up that moved with the length of the run."""
+    flat = (ScheduleKind.WSD, ScheduleKind.CONSTANT)
+    if run.optim.schedule is not ScheduleKind.WSD or before.optim.schedule not in flat or run.optim.lr != before.optim.lr:
+        return
+    old, new = (learning_rate(each.optim, state.tokens, each.total_tokens) for each in (before, run))
+    if new < old * (1 - 1e-9):  # more than the rounding of a fraction
+        left, warmup = run.total_tokens - state.tokens, run.optim.warmup(run.total_tokens)
+        remedy = f"set optim.decay_tokens to at most {left}, or lengthen the stages after it"
+        if state.tokens < warmup:
+            remedy = f"its warm-up lasts {warmup:.0f} tokens; give optim.warmup_tokens as the run it branches off had it"
+        raise ConfigError(
+            f"resume={run.resume}: the checkpoint of step {state.step} was trained at a learning rate of {old:g}, this schedule has "
+            f"{new:g} at its {state.tokens} tokens, and {left} are left: {remedy}"
         )
 
 

@@ -8,12 +8,11 @@ import numpy as np
 import torch
 
 from configs.layers import LayerAttention
-from configs.schema import ConfigError, EvaluateConfig, RunConfig, StageConfig
+from configs.schema import ConfigError, DataConfig, EvaluateConfig, RunConfig, StageConfig
 from data.loader import IGNORE, Batch
 from data.shards import Corpus, DocumentTable
 from data.tokenizer import Tokenizer
 from model.transformer import Transformer
-from train.checkpoint import TrainingState
 from train.distributed import Ranks, sum_over_ranks
 from train.engine import Engine
 
@@ -55,26 +54,31 @@ def attention_label(rule: str, layers: Sequence[LayerAttention]) -> str:
     return str(layers[0]) if len(set(layers)) == 1 else rule
 
 
-def context_lengths(config: EvaluateConfig, run: RunConfig, stage: StageConfig) -> tuple[int, ...]:
+def context_lengths(config: EvaluateConfig, run: RunConfig, stage: StageConfig, settings: AttentionSettings) -> tuple[int, ...]:
     """The context lengths to try on a checkpoint of `stage`, in tokens, equal ones once.
 
-    Raises ConfigError for one that the model has no positions for.
+    Raises ConfigError for one that the model has no positions for under one of the `settings`.
     """
     contexts = tuple(dict.fromkeys(config.contexts or (stage.seq_len,)))
-    limit = run.model.max_seq_len
-    for context in contexts:
-        if context > limit:
-            raise ConfigError(f"contexts={context}: is beyond the positions the checkpoint's RoPE is set up for, model.max_seq_len={limit}")
+    for label, layers in settings.items():
+        limit = stage.rope.max_context(run.model.max_seq_len, layers)
+        for context in contexts:
+            if limit is not None and context > limit:
+                raise ConfigError(
+                    f"contexts={context}: is beyond the {limit} tokens that the checkpoint's RoPE is set up for under {label} "
+                    f"(model.max_seq_len={run.model.max_seq_len})"
+                )
     return contexts
 
 
-def open_corpus(config: EvaluateConfig, state: TrainingState) -> Corpus:
-    """The corpus, once it is sure that the checkpoint reads its tokens as they were meant. Raises ConfigError."""
-    corpus = Corpus.open(config.data.prepared_dir)
-    if corpus.tokenizer_hash != state.tokenizer_hash:
+def open_corpus(data: DataConfig, tokenizers: Sequence[str]) -> Corpus:
+    """The corpus, once it is sure that the checkpoint reads its tokens as they were meant: its tokenizer's hash is one of `tokenizers`
+    (none: nothing is known). Raises ConfigError."""
+    corpus = Corpus.open(data.prepared_dir)
+    if tokenizers and corpus.tokenizer_hash not in tokenizers:
         raise ConfigError(
-            f"data.prepared_dir={config.data.prepared_dir}: has tokenizer {corpus.tokenizer_hash}, the checkpoint was trained with "
-            f"{state.tokenizer_hash}; name the corpus it was trained on, or one prepared with its tokenizer"
+            f"data.prepared_dir={data.prepared_dir}: has tokenizer {corpus.tokenizer_hash}, the checkpoint was trained with "
+            f"{' or '.join(tokenizers)}; name the corpus it was trained on, or one prepared with its tokenizer"
         )
     return corpus
 

@@ -13,6 +13,7 @@ from model.transformer import Transformer
 from train import checkpoint
 from train.distributed import Ranks, on_main, sum_over_ranks
 from train.engine import Engine
+from train.initial import begin_from, note_beginning
 from train.metrics import Metrics
 from train.run_dir import CHECKPOINTS, own_run_dir, record_launch
 from train.trainer import Trainer, check_heldout, dry_run
@@ -49,9 +50,13 @@ def _train(run: RunConfig, ranks: Ranks, corpus: Corpus, folder: Path, interrupt
         checkpoint.check_fits(state, run, tokenizer_hash=corpus.tokenizer_hash, ranks=ranks)
     first_step = state.step if state else 0
 
-    attention = run.stages[0].attention.per_layer(run.model.num_layers)
-    model = Transformer(run.model, attention, run.stages[0].rope, run.stages[0].attention.backend.value)
-    initialise(model, run.model, run.seed)
+    first = run.stages[0].attention
+    attention = first.per_layer(run.model.num_layers)
+    model = Transformer(run.model, attention, run.stages[0].rope, first.backend.value, first.workspace)
+    if run.init_from and not found:
+        begin_from(run, model, corpus)
+    else:
+        initialise(model, run.model, run.seed)
     engine = Engine(model, parallel=run.parallel, optim=run.optim, ranks=ranks)
     if found:
         checkpoint.restore(found, engine, ranks)
@@ -59,10 +64,13 @@ def _train(run: RunConfig, ranks: Ranks, corpus: Corpus, folder: Path, interrupt
     trainer = Trainer(run, ranks, corpus, engine, state)
 
     on_main(ranks, lambda: record_launch(run, folder, ranks.world_size))
+    on_main(ranks, lambda: note_beginning(run, folder, corpus))
     on_main(ranks, lambda: checkpoint.set_aside(root, after=first_step))
     with Metrics(run, folder, first_step=first_step, is_main=ranks.is_main) as metrics:
         if found:
             metrics.event("resume", first_step, checkpoint=str(found))
+        elif run.init_from:
+            metrics.event("init", 0, weights=run.init_from)
         end = min(run.total_steps, run.max_steps or run.total_steps)
         while trainer.done < end:
             trainer.step(metrics)

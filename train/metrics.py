@@ -20,16 +20,6 @@ from train.run_dir import unwritable, write_atomically
 
 FILE = "metrics.jsonl"
 _WANDB_SECONDS = 20  # to reach the server before the run goes on offline
-# Dense bf16 peak of one GPU in FLOP/s, from the vendor's data sheets; MFU is left out on anything else.
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "B200": 2250e12}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """bf16 peak of the device in FLOP/s, None where it is not known (CPUs among others)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in _PEAK_FLOPS.items() if key in name), None)
 
 
 def memory_gib(device: torch.device) -> float:

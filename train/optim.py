@@ -10,7 +10,7 @@ from configs.schema import ConfigError, OptimConfig, ScheduleKind
 
 
 def parameter_family(name: str, parameter: torch.Tensor) -> str:
-    """`norm`, `bias`, `embedding` or `matrix`, from a parameter's dotted name."""
+    """`norm`, `bias`, `embedding` or `matrix` (key convolutions too), from a parameter's dotted name."""
     if name.endswith(".bias"):
         return "bias"
     if "norm" in name:
@@ -48,14 +48,15 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 def learning_rate(config: OptimConfig, tokens: int, total_tokens: int) -> float:
     """Learning rate of the step that ends after `tokens` of `total_tokens`: never 0 in the warm-up, the floor in the last step.
 
-    Linear warm-up over `warmup_fraction`, then: constant; linear to `min_lr_ratio`; half a cosine to `min_lr_ratio`
-    (Loshchilov & Hutter 2017, eq. 5); or wsd: flat, then linear over the last `decay_fraction` (Hu et al. 2024).
+    Linear warm-up over `OptimConfig.warmup` tokens, then: constant; linear to `min_lr_ratio`; half a cosine to `min_lr_ratio`
+    (Loshchilov & Hutter 2017, eq. 5); or wsd: flat, then linear over the last `OptimConfig.decay` tokens (Hu et al. 2024).
+    Warm-up and flat stretch depend on `tokens` alone where their lengths are given in tokens: runs of other lengths share them to the bit.
     """
-    done = tokens / total_tokens
-    if done < config.warmup_fraction:
-        return config.lr * done / config.warmup_fraction
+    warmup, decay = config.warmup(total_tokens), config.decay(total_tokens)
+    if tokens < warmup:
+        return config.lr * tokens / warmup
     floor = config.min_lr_ratio
-    after_warmup = (done - config.warmup_fraction) / max(1 - config.warmup_fraction, 1e-12)
+    after_warmup = (tokens - warmup) / max(total_tokens - warmup, 1e-12)
     if config.schedule is ScheduleKind.CONSTANT:
         scale = 1.0
     elif config.schedule is ScheduleKind.LINEAR:
@@ -63,6 +64,6 @@ def learning_rate(config: OptimConfig, tokens: int, total_tokens: int) -> float:
     elif config.schedule is ScheduleKind.COSINE:
         scale = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * after_warmup))
     else:
-        into_decay = (done - (1 - config.decay_fraction)) / max(config.decay_fraction, 1e-12)
+        into_decay = (tokens - (total_tokens - decay)) / max(decay, 1e-12)
         scale = 1 - (1 - floor) * min(max(into_decay, 0.0), 1.0)
     return config.lr * scale

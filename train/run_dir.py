@@ -9,21 +9,23 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from configs.mapping import first_difference, to_mapping
+from configs.mapping import first_difference, from_mapping, to_mapping
 from configs.registry import REPOSITORY
 from configs.schema import ConfigError, RunConfig
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What makes a run the run it is; everything else may change between two launches of it.
-_IDENTITY = ("seed", "model", "stages", "optim")
+_IDENTITY = ("seed", "init_from", "model", "stages", "optim")
 _PACKAGES = ("torch", "deepspeed", "triton", "hydra-core", "datasets", "transformers", "safetensors", "sentencepiece", "numpy", "wandb")
 
 
@@ -70,15 +72,45 @@ def _check_owner(folder: Path, run: RunConfig) -> None:
     if not any((folder / CHECKPOINTS).glob("step_*")):
         return  # a run that came to nothing may start again with other settings
     try:
-        before = dict(json.loads(file.read_text()))
+        before = to_mapping(from_mapping(RunConfig, json.loads(file.read_text())))  # with settings that this version has added
+    except ConfigError as error:
+        said = f"{CONFIG_FILE} is of another version of this program ({error})"
+        raise ConfigError(f"run_dir={folder}: {said}; choose another folder") from None
     except (ValueError, TypeError):
         raise ConfigError(f"run_dir={folder}: {CONFIG_FILE} is damaged; choose another folder") from None
     now = to_mapping(run)
     for key in _IDENTITY:
-        difference = first_difference(before.get(key), now[key], key)
+        difference = first_difference(before[key], now[key], key)
         if difference:
             where, old, new = difference
             raise ConfigError(f"run_dir={folder}: belongs to another run: {where} is {old} there and {new} here; choose another run_dir")
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, key: str) -> Iterator[Path]:
+    """A folder beside `target` to write in, which becomes `target` when the block ends well and vanishes when it does not.
+
+    Raises ConfigError, `key` first, where something is there already, or it cannot be written.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ConfigError(f"{key}={target}: exists; choose another folder, or move it away")
+    beside = target.with_name(f".{target.name}.partial")
+    made = [path for path in target.parents if not path.exists()]
+    try:
+        shutil.rmtree(beside, ignore_errors=True)  # of a program that was killed
+        beside.mkdir(parents=True)
+        yield beside
+        for path in beside.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        beside.replace(target)
+    except OSError as error:
+        raise unwritable(f"{key}={target}", error) from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the first one that is not empty ends it
+            for path in made:
+                path.rmdir()
 
 
 def record_launch(run: RunConfig, folder: Path, world_size: int) -> None:

@@ -14,7 +14,8 @@ from train.checkpoint import TrainingState
 from train.distributed import Ranks, gather_objects, sum_over_ranks
 from train.engine import Engine
 from train.evaluate import heldout_loss
-from train.metrics import Metrics, memory_gib, peak_flops
+from train.gpus import peak_flops
+from train.metrics import Metrics, memory_gib
 from train.optim import learning_rate
 from train.run_dir import git_state
 from train.stages import Place, place_of
@@ -39,7 +40,7 @@ class Trainer:
             self.corpus,
             seq_len=stage.seq_len,
             rows_per_step=stage.rows,
-            micro_batch_rows=self.run.parallel.micro_batch_rows,
+            micro_batch_rows=self.run.micro_batch_rows(stage, self.ranks.world_size),
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             seed=self.run.seed,
@@ -150,6 +151,7 @@ def _piece_lengths(batches: list[Batch]) -> list[int]:
 def enter_stage(model: Transformer, run: RunConfig, stage: StageConfig) -> None:
     """Gives the model the attention and the positions of a stage; its weights stay."""
     model.backend = stage.attention.backend.value
+    model.workspace = stage.attention.workspace
     model.set_attention(stage.attention.per_layer(run.model.num_layers))
     model.set_rope(stage.rope)
 
@@ -162,11 +164,12 @@ def check_heldout(run: RunConfig, corpus: Corpus) -> None:
 
 
 def dry_run(run: RunConfig, engine: Engine, ranks: Ranks, first_step: int) -> None:
-    """One synthetic micro-batch of the longest rows still to come, with weight 0, before anything is written: memory trouble
-    shows now, not at night. Raises ConfigError where it does not fit in the GPU's memory."""
-    stage = max(run.stages[place_of(run, first_step).index :], key=lambda stage: stage.seq_len)
+    """One synthetic micro-batch, the largest still to come and of the longest rows, with weight 0, before anything is written:
+    memory trouble shows now, not at night. Raises ConfigError where it does not fit in the GPU's memory."""
+    to_come = run.stages[place_of(run, first_step).index :]
+    shapes = [(run.micro_batch_rows(stage, ranks.world_size), stage.seq_len) for stage in to_come]
+    shape, stage = max(zip(shapes, to_come, strict=True), key=lambda pair: (pair[0][0] * pair[0][1], pair[0][1]))
     enter_stage(engine.module, run, stage)
-    shape = (run.parallel.micro_batch_rows, stage.seq_len)
     tokens = torch.arange(shape[0] * shape[1]).reshape(shape) % run.model.vocab_size
     batch = Batch(
         tokens=tokens,
@@ -185,7 +188,8 @@ def dry_run(run: RunConfig, engine: Engine, ranks: Ranks, first_step: int) -> No
         full = memory_gib(ranks.device)
     worst = max((used for used in gather_objects(full) if used is not None), default=None)
     if worst is not None:
+        key = "micro_batch_tokens" if run.parallel.micro_batch_tokens else "micro_batch_rows"
         raise ConfigError(
-            f"parallel.micro_batch_rows={shape[0]}: rows of seq_len={stage.seq_len} do not fit in a GPU's memory "
+            f"parallel.{key}={getattr(run.parallel, key)}: {shape[0]} rows of seq_len={stage.seq_len} do not fit in a GPU's memory "
             f"({worst:.1f} GiB were in use); fewer rows, shorter rows, a higher ZeRO stage or bf16 would help"
         )

@@ -1,1 +1,1 @@
-"""Attention operators: `full` (dense causal) and `moba` (mixture of block attention)."""
+"""Attention operators: `full` (dense causal), `moba` (mixture of block attention) and `sliding` (dense inside a window)."""

@@ -1,4 +1,4 @@
-"""Whether a kernel computes MoBA: its output and gradients against fp64, on a reduced case, before any time is taken.
+"""Whether a kernel computes its attention: its output and gradients against fp64, on a reduced case, before any time is taken.
 
 A kernel may be twice as wrong as plain torch in the kernel's own dtype. Queries whose choice hangs on the last bits of two scores are left
 out: the gradient that comes back to them is zero, so that no other gradient depends on their choice either.
@@ -7,11 +7,14 @@ out: the gradient that comes back to them is zero, so that no other gradient dep
 import itertools
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from configs.schema import AttentionKernel
+from model.accounting import FULL
+from model.ops.moba import select_blocks
 from model.ops.moba.reference import seen_blocks
 from scripts.attention_benchmark.cases import Attention, Case, draw_inputs
 
@@ -36,6 +39,8 @@ class Check:
     """Of plain torch in the same dtype."""
     left_out: float
     """Share of (query, head) pairs left out, their choice being a near-tie."""
+    other_choices: float | None = None
+    """Share of the gate's choices that are none of fp64's; None where there is no choice, or the row's gate cannot be asked."""
 
     @property
     def worst(self) -> str:
@@ -70,7 +75,20 @@ def check(row: AttentionKernel, attention: Attention, case: Case, device: torch.
     for results in (exact, plain, fast):
         results["out"] = results["out"].masked_fill(left_out[..., None], 0)
     errors, plain_errors = ({name: _distance(results[name], exact[name]) for name in exact} for results in (fast, plain))
-    return Check(num_tokens=case.num_tokens, errors=errors, plain=plain_errors, left_out=left_out.double().mean().item())
+    others = other_choices(q, k, case) if row is AttentionKernel.TRITON and not case.is_full else None
+    share = left_out.double().mean().item()
+    return Check(num_tokens=case.num_tokens, errors=errors, plain=plain_errors, left_out=share, other_choices=others)
+
+
+def other_choices(q: Tensor, k: Tensor, case: Case) -> float:
+    """Share of the blocks chosen by the gate of the `triton` backend that fp64 does not choose."""
+    block_size, topk = _sizes(case)
+    choose = partial(select_blocks, block_size=block_size, topk=topk, cu_seqlens=torch.tensor(case.bounds, dtype=torch.int32))
+    chosen, exact = choose(q, k, backend="triton"), choose(q.detach().double(), k.detach().double())
+    is_other = chosen >= 0
+    for slot in range(exact.shape[-1]):
+        is_other &= chosen != exact[..., slot, None]
+    return is_other.sum().item() / max(1, int((chosen >= 0).sum()))
 
 
 def _distance(x: Tensor, exact: Tensor) -> float:
@@ -84,7 +102,7 @@ def moba_by_rows(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, case: Case, *, 
     Products and softmax are plain torch in `compute`, of blocks chosen in fp64; sums over the parts are taken in fp64.
     """
     scale, group = q.shape[-1] ** -0.5, q.shape[1] // k.shape[1]
-    block_size, topk = case.attention.block_size, case.attention.topk
+    block_size, topk = _sizes(case)
     out, d_q, d_k, d_v = (torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in (q, q, k, v))
     for (start, end), kv_head in itertools.product(itertools.pairwise(case.bounds), range(k.shape[1])):
         heads = slice(kv_head * group, (kv_head + 1) * group)
@@ -111,10 +129,15 @@ def moba_by_rows(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, case: Case, *, 
     return dict(zip(NAMES, (out, d_q, d_k, d_v) if backward else (out,)))
 
 
+def _sizes(case: Case) -> tuple[int, int]:
+    """Block size and top-k; dense attention is MoBA with one block a document."""
+    return (case.num_tokens, 1) if case.attention == FULL else (case.attention.block_size, case.attention.topk)
+
+
 def near_ties(q: Tensor, k: Tensor, case: Case, *, rounding: float) -> Tensor:
     """Whether a gate whose block means carry the relative `rounding` may choose other blocks than fp64: bool `[T, Hq]`."""
-    block_size, num_past = case.attention.block_size, case.attention.topk - 1
-    group = q.shape[1] // k.shape[1]
+    block_size, topk = _sizes(case)
+    num_past, group = topk - 1, q.shape[1] // k.shape[1]
     near = torch.zeros(q.shape[:2], dtype=torch.bool, device=q.device)
     for start, end in itertools.pairwise(case.bounds):
         position = torch.arange(end - start, device=q.device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from configs.schema import AttentionKernel
-from scripts.attention_benchmark.cases import DENSE, Attention, Case, draw_inputs, kernel_of
+from scripts.attention_benchmark.cases import Attention, Case, draw_inputs, kernel_of
 from scripts.attention_benchmark.check import Check, check
 
 Call = Callable[[], object]
@@ -43,7 +43,7 @@ class Result:
     problem: str = ""
     """Why there are no times; empty where there are."""
     check: Check | None = None
-    """Of MoBA rows, where the kernel ran on the reduced case."""
+    """Where the kernel ran on the reduced case."""
     eager: dict[str, Timing] = field(default_factory=dict)
     """Calls as a program makes them, each waited for."""
     graph: dict[str, Timing] = field(default_factory=dict)
@@ -114,15 +114,14 @@ class CudaMeter:
 
 
 def measure(row: AttentionKernel, case: Case, meter: CudaMeter) -> Result:
-    """Checks a MoBA row's result on a reduced case, then measures the row. What goes wrong is the result's `problem`."""
+    """Checks the row's result on a reduced case, then measures the row. What goes wrong is the result's `problem`."""
     meter.clear()
     checked = None
     try:
-        if row not in DENSE:
-            reduced = case.reduced()
-            checked = check(row, kernel_of(row, reduced, meter.device), reduced, meter.device)
-            if checked.problem:
-                return Result(row=row, case=case, check=checked, problem=f"wrong: {checked.problem}")
+        reduced = case.reduced()
+        checked = check(row, kernel_of(row, reduced, meter.device), reduced, meter.device)
+        if checked.problem:
+            return Result(row=row, case=case, check=checked, problem=f"wrong: {checked.problem}")
         return _measure(row, case, checked, meter)
     except torch.cuda.OutOfMemoryError:
         problem = "out of memory"

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.schema import ConfigError
-from data.tokenizer import load_tokenizer, train_tokenizer
+from data.tokenizer import copy_tokenizer, load_tokenizer, tokenizer_hashes, train_tokenizer
 from tests.data.conftest import make_texts
 
 AWKWARD = [
@@ -82,6 +82,23 @@ def test_huggingface_separators_come_from_the_settings_beside(huggingface_folder
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="neither a begin nor an end"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
+def test_transformers_reads_both_kinds_as_we_do(kind, model_file, huggingface_folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    source = model_file.parent if kind == "sentencepiece" else huggingface_folder
+    ours = load_tokenizer(source)
+    copied = copy_tokenizer(source, tmp_path)
+    assert ours.hash in tokenizer_hashes(tmp_path) and ours.file_name in copied
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(ours.settings()))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    # But for separators written out, which it takes for what they name, and the mark that sentencepiece has for a space.
+    for text in (text for text in [*AWKWARD, *make_texts(5)] if "<s>" not in text and "\u2581" not in text):
+        ids = ours.encode(text)
+        assert theirs(text, add_special_tokens=False).input_ids == ids and theirs.decode(ids) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
 
 
 def test_training_is_deterministic():

@@ -8,6 +8,7 @@ from model.init import initialise
 from model.transformer import Transformer
 
 RULES = ("full", "moba(8, 2)", "last 1 full, rest moba(8, 3)")
+HYBRIDS = ("sliding(1)", "sliding(7)", "every 2 moba(8, 2), rest sliding(16)", "last 1 full, rest sliding(100)")
 
 
 def tiny_config(**changes: object) -> ModelConfig:
@@ -16,11 +17,16 @@ def tiny_config(**changes: object) -> ModelConfig:
     return ModelConfig(**{**values, "ffn_size": 48, "max_seq_len": 256, "init_std": 0.3, **changes})
 
 
-def build(config: ModelConfig, rule: str = "full", *, theta: float = 10000.0, seed: int = 0, backend: str = "auto") -> Transformer:
-    """An initialised model with the attention of `rule`."""
+def build(
+    config: ModelConfig, rule: str = "full", *, theta: float = 10000.0, nope: str = "", seed: int = 0, backend: str = "auto"
+) -> Transformer:
+    """An initialised model with the attention of `rule`; key convolutions, which start at 0, are drawn so that they matter."""
     attention = AttentionConfig(rule=rule).per_layer(config.num_layers)
-    model = Transformer(config, attention, RopeConfig(theta=theta), backend)
+    model = Transformer(config, attention, RopeConfig(theta=theta, nope=nope), backend)
     initialise(model, config, seed)
+    for index, layer in enumerate(model.layers):
+        if layer.attention.key_conv is not None:
+            torch.nn.init.normal_(layer.attention.key_conv.weight, generator=torch.Generator().manual_seed(100 * seed + index))
     return model
 
 

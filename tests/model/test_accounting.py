@@ -19,7 +19,9 @@ def moba(block_size: int, topk: int) -> LayerAttention:
     return LayerAttention(kind="moba", block_size=block_size, topk=topk)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"qkv_bias": True}, {"qk_norm": True, "num_kv_heads": 1}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embeddings": False}, {"qkv_bias": True}, {"qk_norm": True, "num_kv_heads": 1}, {"key_conv": 5}]
+)
 def test_parameter_counts_equal_a_built_model(changes):
     config = tiny_config(**changes)
     model, counts = build(config), parameter_counts(config)
@@ -30,6 +32,7 @@ def test_parameter_counts_equal_a_built_model(changes):
     assert counts.non_embedding == counts.total - counts.embedding - counts.head
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     assert counts.matmul == sum(linear.weight.numel() for linear in linears)
+    assert counts.key_conv == sum(size for name, size in sizes.items() if "key_conv" in name)
 
 
 @settings(max_examples=60, deadline=None)
@@ -47,6 +50,15 @@ def test_pairs_equal_the_routing(lengths, block_size, topk):
     document = torch.repeat_interleave(torch.tensor(lengths), torch.tensor(lengths))
     scored = (position // block_size)[document > topk * block_size].sum() if topk > 1 else 0
     assert gate_pairs(moba(block_size, topk), lengths) == int(scored)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 50))
+def test_sliding_pairs_by_counting(lengths, window):
+    attention = LayerAttention(kind="sliding", window=window)
+    seen = sum(min(position + 1, window) for length in lengths for position in range(length))
+    assert attention_pairs(attention, lengths) == seen
+    assert gate_pairs(attention, lengths) == 0
 
 
 def test_wide_moba_counts_as_full():
@@ -80,6 +92,16 @@ def test_moba_flops_by_hand():
     assert flops.dense_equivalent == matmul + 2 * full_layer
     assert flops.executed == matmul + full_layer + moba_layer + gate
     assert flops_per_token(config, attention, [20]) == (flops.dense_equivalent / 20, flops.executed / 20)
+
+
+def test_hybrid_flops_by_hand():
+    """One document of 20 tokens: a window of 6 is 6 · 7 / 2 pairs and 14 · 6 more; a convolution of 3 has 3 · 32 weights a layer."""
+    config = tiny_config(key_conv=3)
+    attention = AttentionConfig(rule="last 1 full, rest sliding(6)").per_layer(2)
+    flops = training_flops(config, attention, [20])
+    per_parameter = 6 * 20 * (parameter_counts(tiny_config()).matmul + 2 * 3 * 32)
+    assert flops.executed == per_parameter + 12 * 64 * (210 + 21 + 84)
+    assert flops.dense_equivalent == per_parameter + 2 * 12 * 64 * 210
 
 
 def test_long_documents_do_not_overflow_and_many_are_quick():

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from configs.schema import AttentionConfig, ModelConfig
+from configs.checks import check_run
+from configs.registry import compose
+from configs.schema import AttentionConfig, ModelConfig, RunConfig
 from model.accounting import parameter_counts
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -14,8 +16,17 @@ SIZES = {  # millions of parameters: without embeddings, total
     "quickstart": (0.788, 1.836),
     "small_50m": (50.15, 71.12),
     "paper_545m": (545.97, 604.69),
+    "paper_822m": (822.15, 889.26),
+    "paper_1b1": (1098.9, 1174.4),
+    "paper_1b5": (1507.4, 1591.3),
+    "paper_2b1": (2101.5, 2193.8),
+    "flashmoba_340m": (308.33, 341.10),
+    "flashmoba_1b": (1610.7, 1676.2),
+    "llama_8b": (6979.3, 8030.3),
+    "qwen2_7b": (6525.6, 7615.6),
     "llama_1b9": (1586.1, 1914.4),
 }
+PAPER = {"paper_545m": 545, "paper_822m": 822, "paper_1b1": 1100, "paper_1b5": 1500, "paper_2b1": 2100}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("model/*.yaml")), ids=lambda path: path.stem)
@@ -23,6 +34,26 @@ def test_model_files_have_the_size_they_state(path):
     assert path.read_text().startswith("# ")
     counts = parameter_counts(ModelConfig(**yaml.safe_load(path.read_text())))
     assert (counts.non_embedding / 1e6, counts.total / 1e6) == pytest.approx(SIZES[path.stem], rel=1e-2)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_models_of_the_paper_have_its_sizes(name):
+    config = ModelConfig(**yaml.safe_load((CONFIGS / "model" / f"{name}.yaml").read_text()))
+    assert parameter_counts(config).non_embedding / 1e6 == pytest.approx(PAPER[name], rel=5e-3)
+    assert config.num_layers == config.num_heads == config.num_kv_heads
+    assert config.hidden_size == config.num_heads * config.head_dim and config.head_dim == 128
+
+
+@pytest.mark.parametrize("name", ["flashmoba_340m", "flashmoba_1b"])
+def test_flashmoba_is_a_config(name):
+    """Odd layers, counted from 1: a window of 256 with RoPE. Even layers: MoBA without positions. So 64K needs no scaling."""
+    settings = [f"model={name}", "attention=flashmoba", "rope.nope='every 2'", "model.key_conv=3", "stages.0.seq_len=65536"]
+    run = compose(RunConfig, config_name="train", overrides=[*settings, "stages.0.batch_tokens=65536"])
+    check_run(run, world_size=1)
+    layers = run.stages[0].attention.per_layer(run.model.num_layers)
+    assert [str(layer) for layer in layers] == ["sliding(256)", "moba(128, 8)"] * 12
+    assert run.stages[0].rope.nope_layers(24) == set(range(1, 24, 2))
+    assert run.model.key_conv == 3
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("attention/*.yaml")), ids=lambda path: path.stem)

@@ -3,25 +3,37 @@
 import pytest
 import torch
 
+from configs.schema import RopeConfig, RopeScaling
 from model.generate import Cursor, choose_token, generate
-from tests.model.helpers import RULES, build, pack, tiny_config
+from tests.model.helpers import HYBRIDS, RULES, build, pack, tiny_config
 
 VARIANTS = {"gqa": {}, "mha": {"num_kv_heads": 4}, "qwen": {"qkv_bias": True, "qk_norm": True, "tie_embeddings": False}}
+CONVOLVED = [(width, rule, nope) for width in (0, 3, 5) for rule in HYBRIDS for nope in ("", "every 2")]
+
+
+def cached_equals_uncached(model, prompts: tuple[int, ...], tolerance: float) -> None:
+    """Logits after every prompt length and each later token, with a cache and without one."""
+    tokens, positions, cu_seqlens = pack([61])
+    with torch.inference_mode():
+        expected = model(tokens, positions, cu_seqlens)
+        for prompt in prompts:
+            cursor = Cursor(model, capacity=61)
+            cached = [cursor.advance(tokens[:prompt])]
+            cached += [cursor.advance(tokens[i : i + 1]) for i in range(prompt, 61)]
+            torch.testing.assert_close(torch.stack(cached), expected[prompt - 1 :], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("rule", [*RULES, "moba(8, 1)", "moba(1, 4)"])
 def test_cached_logits_equal_uncached(rule, variant, dtype, tolerance):
-    model = build(tiny_config(init_std=0.1, **VARIANTS[variant]), rule).to(dtype)
-    tokens, positions, cu_seqlens = pack([61])
-    with torch.inference_mode():
-        expected = model(tokens, positions, cu_seqlens)
-        for prompt in (1, 8, 21):
-            cursor = Cursor(model, capacity=61)
-            cached = [cursor.advance(tokens[:prompt])]
-            cached += [cursor.advance(tokens[i : i + 1]) for i in range(prompt, 61)]
-            torch.testing.assert_close(torch.stack(cached), expected[prompt - 1 :], rtol=tolerance, atol=tolerance)
+    cached_equals_uncached(build(tiny_config(init_std=0.1, **VARIANTS[variant]), rule).to(dtype), (1, 8, 21), tolerance)
+
+
+@pytest.mark.parametrize(("width", "rule", "nope"), CONVOLVED)
+def test_cached_logits_equal_uncached_with_windows_convolved_keys_and_without_positions(width, rule, nope):
+    model = build(tiny_config(init_std=0.1, key_conv=width), rule, nope=nope).double()
+    cached_equals_uncached(model, (1, 4, 21), 1e-10)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -43,6 +55,33 @@ def test_cache_keeps_no_more_than_it_reads():
     moba, full = cursor.caches
     assert moba.block_means.shape == (2, 2, 16) and len(full.block_means) == 0
     torch.testing.assert_close(moba.block_means, moba.keys[:16].view(2, 8, 2, 16).mean(1))
+
+
+def test_a_sliding_layer_keeps_its_window_and_a_convolution_its_width():
+    model, (tokens, _, _) = build(tiny_config(key_conv=5), "every 2 moba(8, 3), rest sliding(8)"), pack([40])
+    cursor = Cursor(model, capacity=50)
+    for count, (first, last) in enumerate(((0, 3), (3, 4), (4, 5), (5, 6)), start=3):
+        cursor.advance(tokens[first:last])
+        assert [len(cache.raw_keys) for cache in cursor.caches] == [min(count, 4)] * 2
+    for token in range(6, 40):
+        cursor.advance(tokens[token : token + 1])
+    sliding, moba = cursor.caches
+    assert sliding.keys.shape == sliding.values.shape == (8, 2, 16) and moba.keys.shape == (40, 2, 16)
+    assert sliding.raw_keys.untyped_storage().nbytes() == 4 * 32 * 4
+
+
+@pytest.mark.parametrize("rule", ["sliding(9)", "every 2 moba(8, 2), rest sliding(9)"])
+def test_windows_do_not_limit_generation(rule):
+    model = build(tiny_config(max_seq_len=16), rule, nope="every 2")
+    assert len(generate(model, torch.ones(12, dtype=torch.int64), max_new_tokens=20)) == 20
+
+
+def test_scaled_positions_lengthen_generation():
+    model = build(tiny_config(max_seq_len=16))
+    with pytest.raises(ValueError, match=r"12 \+ 20 = 32 tokens; the model's RoPE is good for 16"):
+        generate(model, torch.ones(12, dtype=torch.int64), max_new_tokens=20)
+    model.set_rope(RopeConfig(scaling=RopeScaling.LINEAR, factor=2.0))
+    assert len(generate(model, torch.ones(12, dtype=torch.int64), max_new_tokens=20)) == 20
 
 
 def test_generation_stops_after_eos():
@@ -81,7 +120,7 @@ def test_temperature_sharpens():
     ("prompt", "options", "message"),
     [
         ([], {}, "prompt is empty"),
-        ([1] * 250, {}, r"250 \+ 10 = 260 tokens; the model's max_seq_len=256"),
+        ([1] * 250, {}, r"250 \+ 10 = 260 tokens; the model's RoPE is good for 256"),
         ([3, 96], {}, r"tokens 3\.\.96; the model's vocabulary is 0\.\.95"),
         ([-1], {}, "tokens -1"),
         ([[1]], {}, r"shape \(1, 1\)"),

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.schema import AttentionConfig, ConfigError
+from configs.schema import AttentionConfig, ConfigError, RopeConfig
 
 
 def kinds(rule: str, num_layers: int, **sizes: int) -> list[str]:
@@ -27,6 +27,8 @@ F, M = "full", "moba(512, 3)"
         ("layers 0 5 full, rest moba", [F, M, M, M, M, F]),
         ("layers 5 moba, last 2 full, rest moba( 4 , 1 )", ["moba(4, 1)"] * 4 + [F, M]),
         ("first 9 full", [F] * 6),
+        ("every 2 moba, rest sliding(256)", ["sliding(256)", M] * 3),
+        ("Sliding( 1 )", ["sliding(1)"] * 6),
     ],
 )
 def test_rules(rule, expected):
@@ -41,8 +43,14 @@ def test_plain_moba_takes_the_configs_sizes():
     ("rule", "message"),
     [
         ("", "does not end in an attention kind"),
-        ("window", "accepted: full, moba, moba"),
-        ("moba(512)", "does not end in an attention kind"),
+        ("window", r"accepted: full, moba, moba\(BLOCK_SIZE, TOPK\), sliding\(WINDOW\)"),
+        ("moba(512)", r"moba takes \(block_size, topk\)"),
+        ("moba()", "does not end in an attention kind"),
+        ("moba(512 3)", "does not end in an attention kind"),
+        ("moba(4,, 3)", "does not end in an attention kind"),
+        ("sliding", r"sliding takes \(window\)"),
+        ("sliding(4, 3)", r"sliding takes \(window\)"),
+        ("sliding(0)", "window must be at least 1"),
         ("moba(0, 3)", "must be at least 1"),
         ("full(4, 3)", "takes no numbers"),
         ("last full", "does not select layers; accepted: all, rest"),
@@ -60,14 +68,62 @@ def test_unreadable_rules_are_refused_at_once(rule, message):
     ("rule", "message"),
     [
         ("last 2 full", r"layers \[0, 1, 2, 3\] of 6 are named by no clause"),
-        ("full, rest moba", "'rest moba\\(512, 3\\)' names no layer that is still free among 6"),
+        (
+            "full, rest moba",
+            r"^rule='full, rest moba': 'rest moba\(512, 3\)' names no layer that is still free among 6: all 6 that it selects are named "
+            r"before it; narrow what stands there, or leave this out$",
+        ),
         ("layers 6 full, rest moba", r"layers \[6\] do not exist; the model has layers 0..5"),
-        ("every 7 full, rest moba", "names no layer"),
+        (
+            "every 7 full, rest moba",
+            r"'every 7 full' names no layer that is still free among 6: 7 is more than there are; lower it, or leave this out$",
+        ),
     ],
 )
 def test_rules_that_do_not_fit_the_model_are_refused(rule, message):
     with pytest.raises(ConfigError, match=message):
         AttentionConfig(rule=rule).per_layer(6)
+
+
+@pytest.mark.parametrize(
+    ("nope", "expected"),
+    [
+        ("", []),
+        (" ", []),
+        ("all", [0, 1, 2, 3, 4, 5]),
+        ("every 2", [1, 3, 5]),
+        ("LAST 1, first 2", [0, 1, 5]),
+        ("layers 0 5, rest", [*range(6)]),
+    ],
+)
+def test_layers_without_positions(nope, expected):
+    assert sorted(RopeConfig(nope=nope).nope_layers(6)) == expected
+
+
+@pytest.mark.parametrize(
+    ("nope", "message"),
+    [
+        ("evry 2", r"^nope='evry 2': 'evry 2' does not select layers; accepted: all, rest"),
+        ("every 2,", r"^nope='every 2,': '' does not select layers"),
+        ("every 2 full", r"'every 2 full' does not select layers"),
+        ("every 0", "does not select layers"),
+    ],
+)
+def test_unreadable_lists_of_layers_are_refused_at_once(nope, message):
+    with pytest.raises(ConfigError, match=message):
+        RopeConfig(nope=nope)
+
+
+@pytest.mark.parametrize(
+    ("nope", "message"),
+    [
+        ("layers 6", r"^nope='layers 6': layers \[6\] do not exist"),
+        ("all, last 1", "'last 1' names no layer that is still free among 6: all 1 that it selects are named before it; narrow"),
+    ],
+)
+def test_lists_that_do_not_fit_the_model_are_refused(nope, message):
+    with pytest.raises(ConfigError, match=message):
+        RopeConfig(nope=nope).nope_layers(6)
 
 
 @given(st.integers(1, 40), st.integers(1, 40))

@@ -7,9 +7,10 @@ from configs.layers import LayerAttention
 from configs.schema import AttentionConfig, RopeConfig
 from model import transformer
 from model.layers import RMSNorm
+from model.ops import moba
 from model.rope import rotary_table, rotate
 from model.transformer import Transformer
-from tests.model.helpers import RULES, build, pack, tiny_config
+from tests.model.helpers import HYBRIDS, RULES, build, pack, tiny_config
 
 LENGTHS = [37, 1, 64, 23]
 
@@ -19,9 +20,13 @@ def logits(model, *inputs):
         return model(*inputs)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_packed_documents_equal_separate_forwards(rule):
-    model = build(tiny_config(), rule).double()
+# Every kind of attention, with key convolutions of width `key_conv` and a layer without positions.
+MODELS = [*((rule, 0) for rule in RULES), *((rule, 5) for rule in ("full", *HYBRIDS))]
+
+
+@pytest.mark.parametrize(("rule", "key_conv"), MODELS)
+def test_packed_documents_equal_separate_forwards(rule, key_conv):
+    model = build(tiny_config(key_conv=key_conv), rule, nope="last 1" if key_conv else "").double()
     tokens, positions, cu_seqlens = pack(LENGTHS)
     together = logits(model, tokens, positions, cu_seqlens)
     parts = [pack([length])[1:] for length in LENGTHS]
@@ -30,9 +35,9 @@ def test_packed_documents_equal_separate_forwards(rule):
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("rule", RULES)
-def test_future_and_other_documents_change_nothing_bit_for_bit(rule, backend):
-    model = build(tiny_config(), rule, backend=backend)
+@pytest.mark.parametrize(("rule", "key_conv"), MODELS)
+def test_future_and_other_documents_change_nothing_bit_for_bit(rule, key_conv, backend):
+    model = build(tiny_config(key_conv=key_conv), rule, nope="last 1" if key_conv else "", backend=backend)
     tokens, positions, cu_seqlens = pack(LENGTHS)
     before = logits(model, tokens, positions, cu_seqlens)
     first, changed, last = 38, 38 + 29, 102  # the third document, and a token inside it
@@ -48,14 +53,47 @@ def test_future_and_other_documents_change_nothing_bit_for_bit(rule, backend):
     assert torch.equal(before[first:last], logits(model, perturbed, positions, cu_seqlens)[first:last])
 
 
-@pytest.mark.parametrize("rule", RULES[1:])
-def test_no_gradient_reaches_the_past_from_an_unrelated_document(rule):
-    model = build(tiny_config(tie_embeddings=False), rule)
+@pytest.mark.parametrize(("rule", "key_conv"), [*((rule, 0) for rule in RULES[1:]), ("sliding(4)", 0), ("sliding(4)", 5)])
+def test_no_gradient_reaches_the_past_from_an_unrelated_document(rule, key_conv):
+    model = build(tiny_config(tie_embeddings=False, key_conv=key_conv), rule)
     tokens = torch.arange(48) % 48  # each token once, so that an embedding row belongs to one position
     positions, cu_seqlens = pack([24, 24])[1:]
     model(tokens, positions, cu_seqlens)[30].sum().backward()
     influence = model.embedding.weight.grad.abs().sum(dim=1)
     assert influence[24:31].all() and not influence[:24].any() and not influence[31:].any()
+
+
+@pytest.mark.parametrize(("window", "key_conv", "reached"), [(1, 0, 0), (3, 0, 4), (3, 3, 8), (3, 5, 12)])
+def test_a_token_reaches_back_by_its_windows_and_convolutions(window, key_conv, reached):
+    """In each of two layers: window - 1 tokens, of which the last was made from the key_conv - 1 before it."""
+    model = build(tiny_config(tie_embeddings=False, key_conv=key_conv), f"sliding({window})")
+    tokens, (_, positions, cu_seqlens) = torch.arange(40), pack([40])
+    model(tokens, positions, cu_seqlens)[30].sum().backward()
+    influence = model.embedding.weight.grad.abs().sum(dim=1)
+    assert influence[30 - reached : 31].all() and not influence[: 30 - reached].any() and not influence[31:].any()
+
+
+@pytest.mark.parametrize("rule", ["full", "moba(4, 2)"])
+def test_layers_without_positions_do_not_know_the_order_of_what_is_before(rule):
+    """Without positions a token sees a set, in MoBA a set in each block; in a layer with positions the order matters."""
+    tokens, positions, cu_seqlens = pack([12])
+    swapped = tokens[[1, 0, 2, 3, 5, 4, *range(6, 12)]]
+    config = tiny_config(num_layers=1)
+    bare, turned = (build(config, rule, nope=nope).double() for nope in ("all", ""))
+    last = [logits(bare, sequence, positions, cu_seqlens)[-1] for sequence in (tokens, swapped)]
+    torch.testing.assert_close(*last, rtol=1e-12, atol=1e-12)
+    last = [logits(turned, sequence, positions, cu_seqlens)[-1] for sequence in (tokens, swapped)]
+    assert (last[0] - last[1]).abs().max() > 1e-3
+
+
+def test_positions_are_left_out_of_the_named_layers_alone():
+    """A model of three layers whose first two are named equals one with positions in which those two have a table of zeros."""
+    model, inputs = build(tiny_config(num_layers=3), nope="first 2").double(), pack(LENGTHS)
+    x, cu_seqlens = model.embedding(inputs[0]), inputs[2]
+    still, table = (rotary_table(positions, 16, model.rope) for positions in (inputs[1] * 0, inputs[1]))
+    for layer, turn in zip(model.layers, (still, still, table), strict=True):
+        x = layer(x, turn, cu_seqlens, model.attention[0], "auto", model.workspace)
+    torch.testing.assert_close(model(*inputs), model.head(model.final_norm(x)), rtol=1e-12, atol=1e-12)
 
 
 def test_checkpoints_move_between_full_and_moba():
@@ -94,10 +132,25 @@ def test_wrong_attention_is_refused():
     config, full = tiny_config(), LayerAttention(kind="full")
     with pytest.raises(ValueError, match="names 3 layers; the model has num_layers=2"):
         Transformer(config, (full,) * 3, RopeConfig())
-    with pytest.raises(ValueError, match="kind='window'; accepted: full, moba"):
+    with pytest.raises(ValueError, match="kind='window'; accepted: full, moba, sliding"):
         Transformer(config, (full, LayerAttention(kind="window")), RopeConfig())
     with pytest.raises(ValueError, match="backend='fast'; accepted: auto, reference"):
         Transformer(config, (full, full), RopeConfig(), backend="fast")
+
+
+def test_the_workspace_reaches_every_moba_layer(monkeypatch):
+    model, inputs = build(tiny_config(), "moba(8, 2)"), pack(LENGTHS)
+    given, attend = [], moba.moba_attention
+
+    def record(*tensors, workspace, **more):
+        given.append(workspace)
+        return attend(*tensors, workspace=workspace, **more)
+
+    monkeypatch.setattr(moba, "moba_attention", record)
+    model(*inputs)
+    model.workspace = 5
+    model(*inputs)
+    assert given == [1 << 30] * 2 + [5] * 2
 
 
 def test_loss_is_the_cross_entropy_of_labelled_tokens():
@@ -119,7 +172,7 @@ def test_loss_in_pieces_equals_loss_at_once(monkeypatch, tied):
     tokens, positions, cu_seqlens = pack(LENGTHS)
     results = []
     for budget in (1 << 28, 96 * 30 + 1):
-        monkeypatch.setattr(transformer, "_LOGITS_BUDGET", budget)
+        monkeypatch.setattr(transformer, "LOGITS_BUDGET", budget)
         model.zero_grad()
         losses = model(tokens, positions, cu_seqlens, tokens.roll(-1))
         losses.sum().backward()

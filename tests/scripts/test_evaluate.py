@@ -39,6 +39,7 @@ from scripts.evaluate import evaluate
 from scripts.figures import plot_losses, plot_positions, read_metrics, short_count
 from tests.data.conftest import make_texts, write_jsonl
 from tests.train.helpers import execute, overrides
+from train import initial
 from train.engine import load_weights
 from train.evaluate import Scores, choose_documents, document_losses, windows
 
@@ -321,7 +322,7 @@ def refused(config: Callable[[], EvaluateConfig]) -> str:
 
 
 def test_mistakes_are_named_before_the_work(asked, tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr(door, "load_weights", lambda *arguments, **named: pytest.fail("the work began"))
+    monkeypatch.setattr(door, "load_into", lambda *arguments, **named: pytest.fail("the work began"))
     (tmp_path / "file").write_text("")
     other = make_corpus(tmp_path / "other", vocab_size=400)
     no_heldout = make_corpus(tmp_path / "no_heldout", heldout_fraction=0.0)
@@ -360,7 +361,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(asked, runs, tmp_path):
 def test_losses_that_are_not_finite_and_a_full_disk_leave_nothing(asked, tmp_path, monkeypatch):
     config = asked(f"output_dir={tmp_path}", "contexts=[16]", "max_documents=1")
     with monkeypatch.context() as patched:
-        patched.setattr(door, "load_weights", lambda *a, **n: {key: value * math.nan for key, value in load_weights(*a, **n).items()})
+        patched.setattr(initial, "load_weights", lambda *a, **n: {key: value * math.nan for key, value in load_weights(*a, **n).items()})
         assert "losses are not finite under moba(32, 2) at context 16" in refused(lambda: config)
 
     def full_disk(path: Path, text: str) -> None:

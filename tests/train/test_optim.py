@@ -51,3 +51,12 @@ def test_a_group_that_matches_nothing_is_refused():
         build_optimizer(_model(), only_biases)
     assert len(build_optimizer(_model("model.qkv_bias=true"), only_biases).param_groups) == 2
     assert len(build_optimizer(_model(), OptimConfig()).param_groups) == 2  # the default names biases too
+
+
+def test_lengths_in_tokens_make_runs_of_other_lengths_alike():
+    config = OptimConfig(lr=1.0, schedule=ScheduleKind.WSD, warmup_tokens=100, decay_tokens=200, min_lr_ratio=0.1)
+    short, long = ([learning_rate(config, tokens, total) for tokens in range(0, total + 1, 10)] for total in (500, 7000))
+    assert short[:31] == long[:31] and short[10:31] == [1.0] * 21  # warm-up and stable stretch, to the bit
+    assert short[31:] == pytest.approx(long[-20:], rel=1e-12) and short[-1] == pytest.approx(0.1)
+    shares = OptimConfig(lr=1.0, schedule=ScheduleKind.WSD, warmup_fraction=0.2, decay_fraction=0.4, min_lr_ratio=0.1)
+    assert short == pytest.approx([learning_rate(shares, tokens, 500) for tokens in range(0, 501, 10)])

@@ -18,11 +18,13 @@ from configs.registry import REPOSITORY
 from configs.schema import ConfigError, DataConfig, SourceConfig, SourceFormat, TokenizerConfig
 from data.prepare import prepare
 from data.shards import Corpus
+from model.transformer import Transformer
 from tests.train.helpers import STEPS, environment, events, lines, make_run, overrides, steps
 from train import checkpoint
 from train.engine import Engine, load_weights
 from train.loop import train
 from train.run_dir import own_run_dir
+from train.trainer import enter_stage
 
 CHECKPOINTS = [f"step_{step:08d}" for step in (4, STEPS)]
 
@@ -95,6 +97,13 @@ def test_a_switch_between_full_and_moba_keeps_weights_and_is_logged(corpus, rank
     assert switch["loss_before"] != switch["loss_after"]
     (before,) = [event["heldout_loss"] for event in events(tmp_path / "run", "evaluation") if event["step"] == 4]
     assert switch["loss_before"] == before
+
+
+def test_a_stage_brings_its_workspace(corpus, tmp_path):
+    run = make_run(corpus, tmp_path / "run", "stages.0.attention.workspace_mib=3")
+    model = Transformer(run.model, run.stages[0].attention.per_layer(run.model.num_layers), run.stages[0].rope)
+    enter_stage(model, run, run.stages[0])
+    assert model.workspace == 3 * 2**20
 
 
 def test_a_resume_at_the_step_of_a_switch_goes_on_to_the_bit(corpus, ranks, tmp_path):
@@ -245,6 +254,19 @@ def test_the_folder_of_another_run_is_refused(copied, corpus, ranks):
         train(make_run(corpus, copied, "optim.lr=2e-3"), ranks)
     (copied / "config.json").unlink()
     with pytest.raises(ConfigError, match="is not empty and no run made it"):
+        train(make_run(corpus, copied), ranks)
+
+
+def test_the_folder_of_a_run_that_lacks_later_settings_is_still_its_own(copied, corpus, ranks):
+    """A config.json as a version before these settings wrote it, and as one with settings that are gone."""
+    before = json.loads((copied / "config.json").read_text())
+    del before["init_from"], before["optim"]["decay_tokens"], before["model"]["key_conv"]
+    del before["stages"][0]["rope"]["nope"], before["stages"][0]["attention"]["workspace_mib"]
+    (copied / "config.json").write_text(json.dumps(before))
+    train(make_run(corpus, copied), ranks)
+    assert len(events(copied, "resume")) == 1
+    (copied / "config.json").write_text(json.dumps(before | {"colour": "blue"}))
+    with pytest.raises(ConfigError, match=r"config.json is of another version of this program \(colour: no such key.*\); choose another folder$"):
         train(make_run(corpus, copied), ranks)
 
 

@@ -60,7 +60,7 @@ def moba_attention(
         backend = "torch" if refused or not q.is_cuda else "triton"
     if backend == "triton" and refused:
         raise ValueError(f"backend='triton': {refused}; backend='torch' takes others")
-    num_tokens = q.shape[0]
+    num_tokens, is_one_document = q.shape[0], cu_seqlens is None
     if backend == "triton" and torch.compiler.is_compiling() and cu_seqlens is not None:
         longest = num_tokens  # the operator reads and checks the boundaries: here it would break the graph
     else:
@@ -68,7 +68,7 @@ def moba_attention(
         longest = max(end - start for start, end in itertools.pairwise(bounds))
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     if backend != "reference" and topk * block_size >= longest:
-        return full_attention(q, k, v, cu_seqlens=cu_seqlens, softmax_scale=softmax_scale)
+        return full_attention(q, k, v, cu_seqlens=None if is_one_document else cu_seqlens, softmax_scale=softmax_scale)
     sizes: dict[str, Any] = {"block_size": block_size, "topk": topk, "softmax_scale": softmax_scale or q.shape[-1] ** -0.5}
     with torch.autocast(q.device.type, enabled=False):  # the inputs' dtype decides, and the gate needs fp32
         if backend == "triton":

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.ops.checks import check_positive_int, check_routing
+from model.ops.checks import check_backend, check_positive_int, check_routing
+from model.ops.moba.triton.limits import refusal
 
+ROUTING_BACKENDS = ("torch", "triton")
 # Scores held at once while routing, in elements: bounds the memory at any T; the CPU's share is sized for its cache.
 _SCORE_BUDGET = {"cpu": 1 << 19, "default": 1 << 26}
 
@@ -70,20 +72,42 @@ def block_means(k: Tensor, layout: BlockLayout) -> Tensor:
     return to_blocks(k.detach(), layout).sum(dim=1, dtype=compute) / length[:, None, None]
 
 
-def select_blocks(q: Tensor, k: Tensor, *, block_size: int, topk: int, cu_seqlens: Tensor | None = None) -> Tensor:
+def select_blocks(q: Tensor, k: Tensor, *, block_size: int, topk: int, cu_seqlens: Tensor | None = None, backend: str = "torch") -> Tensor:
     """The past blocks that each query attends to besides its own; no gradient.
 
-    q `[T, Hq, D]`, k `[T, Hkv, D]`, cu_seqlens int32 `[n_docs+1]` or None (one document).
+    q `[T, Hq, D]`, k `[T, Hkv, D]`, cu_seqlens int32 `[n_docs+1]` or None (one document); `backend` "torch", or "triton" for
+    the choice of that backend's own gate, where it serves.
     Returns int64 `[T, Hq, topk-1]`: block indices counted from 0 within the query's document, by descending score
-    <q, mean key> (ties: the lower index first), -1 where the query has fewer past blocks. Memory is linear in T.
-    Raises ValueError naming the argument, its value and what is accepted.
+    <q, mean key> (ties: the lower index first; of "triton" in no order), -1 where the query has fewer past blocks, last.
+    Memory is linear in T. Raises ValueError naming the argument, its value and what is accepted.
     """
+    check_backend(backend, ROUTING_BACKENDS)
     check_positive_int(block_size=block_size, topk=topk)
-    layout = block_layout(check_routing(q, k, cu_seqlens), block_size)
+    bounds = check_routing(q, k, cu_seqlens)
+    if backend == "triton" and (refused := refusal(q, k, block_size=block_size, topk=topk)):
+        raise ValueError(f"backend='triton': {refused}; backend='torch' takes others")
+    layout = block_layout(bounds, block_size)
     with torch.autocast(q.device.type, enabled=False):
-        chosen = choose_blocks(q, block_means(k, layout), layout, num_past=topk - 1)
+        if backend == "triton":
+            chosen = _choose_by_kernel(q.detach(), k.detach(), bounds, block_size, num_past=topk - 1)
+        else:
+            chosen = choose_blocks(q, block_means(k, layout), layout, num_past=topk - 1)
     first = layout.doc_first[layout.token_block].to(q.device)[:, None, None]
     return torch.where(chosen >= 0, chosen - first, chosen)
+
+
+def _choose_by_kernel(q: Tensor, k: Tensor, bounds: list[int], block_size: int, *, num_past: int) -> Tensor:
+    """As `choose_blocks`, from q `[T, Hq, D]` and k `[T, Hkv, D]` by the gate of the `triton` backend, in no order."""
+    from model.ops.moba.triton import gate, plan  # Triton may be missing where its kernels are not used
+
+    blocks = plan.block_table(tuple(bounds), block_size, num_past, q.device)
+    slots = min(num_past, blocks.max_past)
+    if not slots:
+        return torch.full((*q.shape[:2], num_past), -1, device=q.device)
+    heads, group = range(q.shape[1]), q.shape[1] // k.shape[1]
+    q, means = q if q.stride(-1) == 1 else q.contiguous(), gate.block_means(k.contiguous(), blocks)
+    chosen = gate.choose_blocks(q, means, blocks, heads=heads, group=group, num_past=slots)
+    return torch.nn.functional.pad(chosen.transpose(0, 1).long(), (0, num_past - slots), value=-1)
 
 
 def choose_blocks(q: Tensor, means: Tensor, layout: BlockLayout, *, num_past: int) -> Tensor:

@@ -11,8 +11,7 @@ from triton.runtime import interpreter
 
 from model.ops.moba import moba_attention, select_blocks
 from model.ops.moba.reference import moba_reference
-from model.ops.moba.routing import block_layout
-from model.ops.moba.triton import gate, operator, plan
+from model.ops.moba.triton import operator, plan
 from tests.model.helpers import build, pack, tiny_config
 from tests.model.ops.helpers import (
     assert_error_within_twice,
@@ -75,15 +74,9 @@ def moba(q, k, v, *, bounds, block_size, topk, workspace=WORKSPACE):
     return operator.moba_triton(q, k, v, cu_seqlens(bounds), softmax_scale=q.shape[-1] ** -0.5, **sizes)
 
 
-def kernel_choice(q, k, *, bounds, block_size, topk):
-    """As `select_blocks`, from the gate's kernel: int64 `[T, Hq, topk-1]`, in no order."""
-    blocks = plan.block_table(tuple(bounds), block_size, topk - 1, q.device)
-    num_past = min(topk - 1, blocks.max_past)
-    sizes = {"heads": range(q.shape[1]), "group": q.shape[1] // k.shape[1], "num_past": num_past}
-    chosen = gate.choose_blocks(q.detach(), gate.block_means(k.detach(), blocks), blocks, **sizes).transpose(0, 1).long()
-    layout = block_layout(bounds, block_size)
-    chosen = torch.where(chosen >= 0, chosen - layout.doc_first[layout.token_block].to(q.device)[:, None, None], chosen)
-    return torch.nn.functional.pad(chosen, (0, topk - 1 - num_past), value=-1)
+def kernel_choice(q, k, *, bounds, **sizes):
+    """The choice of the gate's kernel: int64 `[T, Hq, topk-1]`, in no order."""
+    return select_blocks(q, k, cu_seqlens=cu_seqlens(bounds), backend="triton", **sizes)
 
 
 def gate_scores(q, k, *, bounds, block_size):
@@ -222,6 +215,14 @@ def test_choice_is_that_of_fp64(block_size, topk, target):
     bounds = [0, 1, 100, 900, 965, 1900]
     q, k, *_ = target.inputs(bounds[-1], 2, 1, 64, seed=64)
     assert_only_near_ties_differ(q, k, bounds=bounds, block_size=block_size, topk=topk)
+
+
+@pytest.mark.parametrize("bounds, topk", [([0, 60], 3), ([0, 130, 200], 1), ([0, 130, 200], 9)])
+def test_choice_without_a_choice_is_all_there_is(bounds, topk, target):
+    q, k, *_ = target.inputs(bounds[-1], 2, 1, 64, seed=85)
+    chosen = kernel_choice(q, k, bounds=bounds, block_size=64, topk=topk).sort(dim=-1, descending=True).values
+    exact = select_blocks(q, k, block_size=64, topk=topk, cu_seqlens=cu_seqlens(bounds)).sort(dim=-1, descending=True).values
+    assert chosen.shape == exact.shape and torch.equal(chosen, exact)
 
 
 def test_choice_differs_in_fewer_than_one_of_10000(target):

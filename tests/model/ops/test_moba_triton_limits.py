@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.ops.moba import moba_attention
+from model.ops.moba import moba_attention, select_blocks
 from model.ops.moba.triton.limits import refusal
 
 
@@ -24,6 +24,8 @@ def test_what_it_does_not_take_is_said(shape, dtype, block_size, topk, message, 
     q = torch.zeros(shape, dtype=dtype)
     with pytest.raises(ValueError, match=f"^backend='triton': {message}; backend='torch' takes others$"):
         moba_attention(q, q[:, :1], q[:, :1], block_size=block_size, topk=topk, backend="triton")
+    with pytest.raises(ValueError, match=f"^backend='triton': {message}; backend='torch' takes others$"):
+        select_blocks(q, q[:, :1], block_size=block_size, topk=topk, backend="triton")
 
 
 def test_without_interpreter_a_cpu_is_refused_and_auto_takes_torch(monkeypatch):

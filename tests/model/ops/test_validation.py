@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from model.ops import sliding
 from model.ops.full import full_attention, full_decode
 from model.ops.moba import BACKENDS, moba_attention, moba_decode, select_blocks, update_block_means
 
@@ -56,6 +57,16 @@ def test_packed_inputs(error, interpreted):
             moba_attention(**{"backend": backend, **arguments}, block_size=64, topk=2)
     with pytest.raises(ValueError, match=message):
         full_attention(**arguments)
+    for backend in sliding.BACKENDS:
+        with pytest.raises(ValueError, match=message):
+            sliding.sliding_attention(**{"backend": backend, **arguments}, window=8)
+
+
+@pytest.mark.parametrize("window", [0, -3, 4.0, True])
+def test_window(window):
+    for backend in sliding.BACKENDS:
+        with pytest.raises(ValueError, match=f"window={window!r}; accepted: an integer of at least 1"):
+            sliding.sliding_attention(**good_inputs(), window=window, backend=backend)
 
 
 MOBA_ERRORS = {
@@ -84,6 +95,8 @@ def test_select_blocks_checks_its_inputs():
         select_blocks(torch.zeros(12, 4, 9), inputs["k"], block_size=4, topk=2)
     with pytest.raises(ValueError, match="cu_seqlens ends at 11"):
         select_blocks(inputs["q"], inputs["k"], block_size=4, topk=2, cu_seqlens=cu(0, 11))
+    with pytest.raises(ValueError, match="backend='reference'; accepted: torch, triton"):
+        select_blocks(inputs["q"], inputs["k"], block_size=4, topk=2, backend="reference")
 
 
 DECODE_ERRORS = {

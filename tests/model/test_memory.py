@@ -1,0 +1,115 @@
+"""Bytes reckoned from shapes against what PyTorch keeps and allocates in a real forward and backward pass."""
+
+import pytest
+import torch
+
+from configs.schema import AttentionConfig, ModelConfig
+from model import memory, transformer
+from model.memory import PassBytes, effective, pass_bytes
+from model.transformer import Transformer
+from tests.model.helpers import build
+from train.calibrate import saved_bytes
+
+ROW = 512
+DTYPES = {torch.float32: 4, torch.bfloat16: 2}
+
+
+def _config(**changes: object) -> ModelConfig:
+    sizes = {"vocab_size": 512, "hidden_size": 128, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "ffn_size": 384}
+    return ModelConfig(**{**sizes, **changes})
+
+
+def _model(config: ModelConfig, rule: str, dtype: torch.dtype) -> Transformer:
+    return build(config, rule, backend="torch").to(dtype)
+
+
+def _inputs(rows: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokens = torch.arange(rows * ROW) % vocab_size
+    return tokens, torch.arange(ROW).repeat(rows), torch.arange(0, rows * ROW + 1, ROW, dtype=torch.int32)
+
+
+def _reckoned(config: ModelConfig, rule: str, rows: int, dtype: torch.dtype) -> PassBytes:
+    attention = AttentionConfig(rule=rule).per_layer(config.num_layers)
+    return pass_bytes(config, attention, rows=rows, seq_len=ROW, itemsize=DTYPES[dtype], gpu=False, triton_workspace=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rule", ["full", "moba(64, 3)", "last 1 full, rest moba(64, 4)", "moba(256, 2)", "every 2 full, rest sliding(64)"])
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "qkv_bias": True, "num_kv_heads": 4, "key_conv": 3}])
+def test_activations_are_what_autograd_saves(changes, rule, rows, dtype):
+    config = _config(**changes)
+    model = _model(config, rule, dtype)
+    saved = saved_bytes(model, lambda: model.hidden(*_inputs(rows, config.vocab_size)))
+    assert _reckoned(config, rule, rows, dtype).activations == pytest.approx(saved, rel=1e-3)
+
+
+def _peak(config: ModelConfig, rule: str, dtype: torch.dtype) -> int:
+    """Most bytes allocated at once during forward and backward, beyond weights and gradients, by PyTorch's own profiler."""
+    model, inputs = _model(config, rule, dtype), _inputs(2, config.vocab_size)
+    model(*inputs, inputs[0]).sum().backward()  # gradients are there from now on
+    with torch.profiler.profile(profile_memory=True) as profile:
+        model(*inputs, inputs[0]).sum().backward()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    level = top = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        top = max(top, level)
+    return top
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rule", "changes"),
+    [
+        ("full", {"vocab_size": 8192}),  # the head's logits are most of it
+        ("moba(64, 3)", {}),
+        ("full", {"vocab_size": 32, "ffn_size": 1024}),  # the FFN's gradients are
+        ("last 1 full, rest moba(64, 3)", {"vocab_size": 32, "ffn_size": 512}),
+        ("moba(32, 12)", {"vocab_size": 32, "ffn_size": 256}),  # slots are
+    ],
+)
+def test_the_peak_is_what_the_allocator_sees(rule, changes, dtype):
+    config = _config(**changes)
+    assert _reckoned(config, rule, 2, dtype).peak == pytest.approx(_peak(config, rule, dtype), rel=0.06)
+
+
+def test_a_loss_in_pieces_holds_the_logits_of_one(monkeypatch):
+    config = _config(vocab_size=8192)
+    whole = _peak(config, "full", torch.float32)
+    for module in (memory, transformer):
+        monkeypatch.setattr(module, "LOGITS_BUDGET", 8192 * 128)
+    reckoned = _reckoned(config, "full", 2, torch.float32)
+    assert reckoned.logits == 12 * 8192 * 128 + 4 * 8192 * 128  # 128 is the piece in tokens, and the hidden size
+    pieces = _peak(config, "full", torch.float32)
+    assert pieces == pytest.approx(reckoned.peak, rel=0.06) and pieces < whole / 2
+
+
+def test_moba_that_sees_the_whole_row_is_reckoned_as_full():
+    (moba,) = AttentionConfig(rule="moba(128, 4)").per_layer(1)
+    assert str(effective(moba, 512)) == "full" and effective(moba, 513) is moba
+    assert _reckoned(_config(), "moba(128, 4)", 1, torch.float32) == _reckoned(_config(), "full", 1, torch.float32)
+
+
+def test_on_a_gpu_by_hand():
+    """bf16, one layer: two norms with input and output, the FFN's four, q, k, v and output, log-sum-exp and 1/rms in fp32, chosen ids."""
+    config = _config(num_layers=1)
+    attention = AttentionConfig(rule="moba(64, 3)").per_layer(1)
+    held = pass_bytes(config, attention, rows=1, seq_len=ROW, itemsize=2, gpu=True, triton_workspace=1 << 30)
+    layer = 2 * (4 * 128 + 4 * 384 + 2 * 128 + 2 * 64) + 4 * (2 + 4) + 4 * 4 * 2
+    assert held.activations == ROW * (layer + 2 * 2 * 128 + 4 + 8 + 4 * 32)
+    slots, means_and_ids = 4 * ROW * 2 * (32 * 2 + 8), 4 * (ROW * 64 // 64) + 4 * 4 * ROW * 2
+    assert held.gate_and_slots == slots + means_and_ids
+    less = pass_bytes(config, attention, rows=1, seq_len=ROW, itemsize=2, gpu=True, triton_workspace=slots // 2)
+    assert less.gate_and_slots == slots // 2 + means_and_ids
+
+
+@pytest.mark.parametrize(("seq_len", "itemsize", "copies"), [(2048, 2, 0), (4096, 2, 1), (2048, 4, 1)])
+def test_rows_of_full_attention_are_joined_on_a_gpu_where_they_go_one_by_one(seq_len, itemsize, copies):
+    """FlashAttention takes all short rows at once; cuDNN, and PyTorch's fused kernels in fp32, take one."""
+    config = _config(num_layers=1)
+    full = AttentionConfig().per_layer(1)
+    one, two = (
+        pass_bytes(config, full, rows=rows, seq_len=seq_len, itemsize=itemsize, gpu=True, triton_workspace=0).activations for rows in (1, 2)
+    )
+    assert two - 2 * one == copies * itemsize * 2 * seq_len * 4 * 32

@@ -1,0 +1,230 @@
+"""What a run will cost, before anything is allocated: steps, FLOPs, time and memory of each stage."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from configs.checks import check_run, check_vocabulary
+from configs.layers import LayerAttention
+from configs.schema import AttentionBackend, ConfigError, ParallelConfig, PlanConfig, Precision, RunConfig, StageConfig
+from data.manifest import FILE_NAME
+from data.shards import Corpus
+from model.accounting import TrainingFlops, parameter_counts, training_flops
+from model.memory import PassBytes, effective, pass_bytes, reach
+from model.ops.moba.triton.limits import HEAD_DIMS
+from model.transformer import Transformer
+from train import checkpoint
+from train.crossover import Crossover, crossover
+from train.distributed import Ranks
+from train.engine import deepspeed_config
+from train.gpus import GPUS
+from train.initial import open_initial
+from train.optim import build_optimizer
+from train.trainer import check_heldout
+
+# ZeRO-3 keeps what it has gathered up to this many elements (`max_live_parameters` and `max_reuse_distance` of DeepSpeed 0.19).
+_GATHERED = 1_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateBytes:
+    """What the engine holds on one rank at its fullest, at the end of a backward pass, in bytes."""
+
+    weights: int
+    """In the compute dtype; under ZeRO-3 the shard and what is gathered of the others."""
+    gradients: int
+    """With DeepSpeed's bucket for reducing them."""
+    optimizer: int
+    """Adam's moments, and fp32 master weights where the optimizer keeps its own."""
+
+
+def state_bytes(parallel: ParallelConfig, *, num_parameters: int, world_size: int, accumulates: bool) -> StateBytes:
+    """Bytes of weights, gradients and optimizer under DeepSpeed 0.19 as `train.engine` sets it up, padding left out.
+
+    `accumulates`: a step has several micro-batches. Counted on the engine's own tensors at 1 and 2 ranks, see the tests.
+    """
+    item, whole, shard = itemsize(parallel), num_parameters, num_parameters / world_size
+    bucket = item * reduce_bucket(parallel, num_parameters)
+    if parallel.zero_stage == 0:  # fp32: AdamW on the model's own parameters
+        return StateBytes(weights=4 * whole, gradients=4 * whole, optimizer=8 * whole)
+    optimizer = math.ceil(12 * shard)  # every ZeRO optimizer has master weights of its own, also in fp32
+    if parallel.zero_stage == 1 and parallel.precision is Precision.BF16:
+        # DeepSpeed takes its BF16_Optimizer here, which shards no gradient: fp32 ones beside those of the backward pass.
+        return StateBytes(weights=2 * whole, gradients=(4 + 2) * whole, optimizer=optimizer)
+    if parallel.zero_stage == 1:  # while it accumulates the sum beside the newest, else the newest and the shard for the optimizer
+        return StateBytes(weights=4 * whole, gradients=4 * whole + math.ceil(4 * (whole if accumulates else shard)), optimizer=optimizer)
+    gradients = math.ceil(4 * shard) + bucket
+    if parallel.zero_stage == 2:
+        return StateBytes(weights=item * whole, gradients=gradients, optimizer=optimizer)
+    gathered = item * min(whole, _GATHERED) if world_size > 1 else 0
+    return StateBytes(weights=math.ceil(item * shard) + gathered, gradients=gradients, optimizer=optimizer)
+
+
+def reduce_bucket(parallel: ParallelConfig, num_parameters: int) -> int:
+    """Elements of the buffer in which DeepSpeed reduces gradients."""
+    optimization = deepspeed_config(parallel, RunConfig().optim, num_parameters)["zero_optimization"]
+    return int(optimization["reduce_bucket_size"])
+
+
+def itemsize(parallel: ParallelConfig) -> int:
+    """Bytes of a weight or an activation in the forward pass."""
+    return 2 if parallel.precision is Precision.BF16 else 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One stage; FLOPs and seconds are of one optimizer step."""
+
+    stage: StageConfig
+    attention: tuple[LayerAttention, ...]
+    micro_batch_rows: int
+    """Rows in one forward pass of a rank."""
+    micro_batches: int
+    """Forward passes of a rank in a step."""
+    flops: TrainingFlops
+    """On all ranks."""
+    seconds: float
+    states: StateBytes
+    held: PassBytes
+
+    @property
+    def tokens(self) -> int:
+        """Trained on, whole steps."""
+        return self.stage.steps * self.stage.batch_tokens
+
+    @property
+    def days(self) -> float:
+        return self.seconds * self.stage.steps / 86400
+
+    @property
+    def memory(self) -> int:
+        """Bytes at the peak, on one GPU."""
+        return self.states.weights + self.states.gradients + self.states.optimizer + self.held.peak
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All stages, the crossover of each MoBA setting (None: MoBA never won where it was measured), and what else is worth saying."""
+
+    config: PlanConfig
+    stages: tuple[StagePlan, ...]
+    crossovers: dict[LayerAttention, Crossover | None]
+    notes: tuple[str, ...]
+
+
+def make_plan(config: PlanConfig) -> Plan:
+    """The plan of a run that passes the checks of training. Raises ConfigError as training would, before it allocates anything."""
+    notes = check_plan(config)
+    stages = tuple(_plan_stage(config, stage) for stage in config.stages)
+    kinds = dict.fromkeys(kind for stage in stages for kind in stage.attention if kind.kind == "moba")
+    crossovers = {kind: crossover(config.model, kind, gpu=config.gpu) for kind in kinds}
+    for index, stage in enumerate(stages):
+        notes += _stage_notes(config, stage, index)
+    if config.parallel.precision is Precision.FP32:
+        notes.append("parallel.precision=fp32: the time is that of bf16 matrix products; fp32 ones are slower")
+    return Plan(config=config, stages=stages, crossovers=crossovers, notes=tuple(notes))
+
+
+def check_plan(config: PlanConfig) -> list[str]:
+    """All that training checks before its first step; returns what could not be checked here. Raises ConfigError."""
+    if config.gpu not in GPUS:
+        raise ConfigError(f"gpu={config.gpu}: is not known; accepted: {', '.join(GPUS)}")
+    check_run(config, world_size=config.num_gpus)
+    with torch.device("meta"):
+        model = Transformer(config.model, config.stages[0].attention.per_layer(config.model.num_layers), config.stages[0].rope)
+    build_optimizer(model, config.optim)
+    folder = config.data.prepared_dir
+    corpus = Corpus.open(folder) if (Path(folder) / FILE_NAME).is_file() else None
+    notes = []
+    if config.init_from and Path(config.init_from).exists():
+        open_initial(config, corpus)
+    elif config.init_from:
+        notes.append(f"init_from={config.init_from}: is not there yet, so model, RoPE and tokenizer were not checked against its weights")
+    if corpus is None:
+        said = "is not prepared yet, so vocabulary, held-out rows and resume were not checked against it"
+        return [*notes, f"data.prepared_dir={folder}: {said}"]
+    check_vocabulary(config, corpus=folder, vocab_size=corpus.vocab_size)
+    check_heldout(config, corpus)
+    if config.resume not in ("auto", "never"):
+        state = checkpoint.read_state(checkpoint.resolve(config.resume, lambda text: None))
+        ranks = Ranks(rank=0, world_size=config.num_gpus, device=torch.device("cpu"))
+        checkpoint.check_fits(state, config, tokenizer_hash=corpus.tokenizer_hash, ranks=ranks)
+    return notes
+
+
+def _plan_stage(config: PlanConfig, stage: StageConfig) -> StagePlan:
+    attention = stage.attention.per_layer(config.model.num_layers)
+    micro_batch_rows = config.micro_batch_rows(stage, config.num_gpus)
+    micro_batches = stage.rows // (config.num_gpus * micro_batch_rows)
+    flops = training_flops(config.model, attention, [stage.seq_len] * stage.rows)
+    return StagePlan(
+        stage=stage,
+        attention=attention,
+        micro_batch_rows=micro_batch_rows,
+        micro_batches=micro_batches,
+        flops=flops,
+        seconds=flops.executed / (config.num_gpus * GPUS[config.gpu].peak_flops * config.mfu),
+        states=state_bytes(
+            config.parallel,
+            num_parameters=parameter_counts(config.model).total,
+            world_size=config.num_gpus,
+            accumulates=micro_batches > 1,
+        ),
+        held=micro_batch_bytes(config, stage, attention, gpu=True),
+    )
+
+
+def micro_batch_bytes(config: PlanConfig, stage: StageConfig, attention: Sequence[LayerAttention], *, gpu: bool) -> PassBytes:
+    """What one micro-batch of a stage holds on one rank, in a model whose layers have `attention`."""
+    return pass_bytes(
+        config.model,
+        attention,
+        rows=config.micro_batch_rows(stage, config.num_gpus),
+        seq_len=stage.seq_len,
+        itemsize=itemsize(config.parallel),
+        gpu=gpu,
+        triton_workspace=stage.attention.workspace if gpu and _triton_serves(config, stage, attention) else 0,
+    )
+
+
+def _triton_serves(config: RunConfig, stage: StageConfig, attention: Sequence[LayerAttention]) -> bool:
+    """Whether `backend` comes to Triton on a GPU: what `model.ops.moba.triton.limits` refuses, `auto` gives to torch."""
+    chosen = stage.attention.backend in (AttentionBackend.AUTO, AttentionBackend.TRITON)
+    fits = config.model.head_dim in HEAD_DIMS and config.parallel.precision is Precision.BF16
+    return chosen and fits and all(kind.block_size % 64 == 0 for kind in attention if kind.kind == "moba")
+
+
+def _stage_notes(config: PlanConfig, plan: StagePlan, index: int) -> list[str]:
+    notes = []
+    for kind in dict.fromkeys(plan.attention):
+        if effective(kind, plan.stage.seq_len) != kind:
+            notes.append(
+                f"stages.{index}.attention: {kind} sees up to {reach(kind):,} tokens, and rows of stages.{index}.seq_len="
+                f"{plan.stage.seq_len} have no more: it is full attention there, and computed as such; longer rows or smaller numbers "
+                "make it sparse"
+            )
+    memory = GPUS[config.gpu].memory
+    if plan.memory > memory:
+        parts = {
+            "weights": (plan.states.weights, "ZeRO 3 or more GPUs"),
+            "gradients": (plan.states.gradients, "ZeRO 2 or 3"),
+            "optimizer": (plan.states.optimizer, "ZeRO 1 or higher, or more GPUs"),
+            "activations": (plan.held.activations, _fewer_rows(config, plan)),
+            "logits": (plan.held.logits, _fewer_rows(config, plan)),
+        }
+        largest, (size, remedy) = max(parts.items(), key=lambda part: part[1][0])
+        notes.append(
+            f"stages.{index}: needs {plan.memory / 1e9:,.0f} GB a GPU, {config.gpu} has {memory / 1e9:.0f} GB; "
+            f"most of it are {largest}, {size / 1e9:,.0f} GB: {remedy}"
+        )
+    return notes
+
+
+def _fewer_rows(config: PlanConfig, plan: StagePlan) -> str:
+    bf16 = [] if config.parallel.precision is Precision.BF16 else ["parallel.precision=bf16"]
+    key = "micro_batch_tokens" if config.parallel.micro_batch_tokens else "micro_batch_rows"
+    rows = [f"a lower parallel.{key}"] if plan.micro_batch_rows > 1 else []
+    return " or ".join([*bf16, *rows, "shorter rows"])

@@ -1,0 +1,163 @@
+"""A plan as Markdown."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from configs.layers import LayerAttention
+from configs.mapping import to_mapping
+from configs.schema import RopeConfig
+from model.accounting import parameter_counts
+from train.calibrate import StageFigures
+from train.gpus import GPUS
+from train.plan import Plan, StagePlan
+from train.report import table
+
+
+def markdown(plan: Plan, measured: tuple[str, Sequence[StageFigures]] | None = None) -> str:
+    """The report: stages, cost, memory, crossovers, notes, and what was measured where it was."""
+    config, counts = plan.config, parameter_counts(plan.config.model)
+    zero, precision = config.parallel.zero_stage, config.parallel.precision.value
+    head = (
+        f"# {config.name}: {_short(counts.total)} parameters ({_short(counts.non_embedding)} without embeddings), "
+        f"{_short(config.total_tokens)} tokens in {config.total_steps:,} steps, {_days(sum(stage.days for stage in plan.stages))}\n\n"
+        f"{config.num_gpus} × {config.gpu}, mfu {config.mfu:g} of {GPUS[config.gpu].peak_flops / 1e12:,.0f} TFLOP/s, ZeRO {zero}, "
+        f"{precision}.\n"
+        "Rows are reckoned as one document each, the most that they can cost."
+    )
+    parts = [head, _stages(plan), _cost(plan), _memory(plan)]
+    if plan.crossovers:
+        parts.append(_crossovers(plan))
+    if measured:
+        parts.append(_measured(plan, *measured))
+    if plan.notes:
+        parts.append("\n".join(["Notes:", *(f"- {note}" for note in plan.notes)]))
+    return "\n\n".join(parts)
+
+
+def describe_layers(attention: Sequence[LayerAttention]) -> str:
+    """Which layers have what: `0-28 moba(4096, 12), 29-31 full`; layers are counted from 0."""
+    kinds = dict.fromkeys(attention)
+    if len(kinds) == 1:
+        return f"all {attention[0]}"
+    return ", ".join(f"{_ranges([i for i, other in enumerate(attention) if other == kind])} {kind}" for kind in kinds)
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    if len(layers) > 2 and layers[1] - layers[0] > 1 and len({b - a for a, b in itertools.pairwise(layers)}) == 1:
+        return f"{layers[0]}, {layers[1]}, … {layers[-1]}"
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def describe_rope(rope: RopeConfig) -> str:
+    """Theta, and every setting that is not its default."""
+    values, usual = to_mapping(rope), to_mapping(RopeConfig())
+    shown = {key: f"{value:g}" if isinstance(value, float) else value for key, value in values.items()}
+    changed = [f"{key} {shown[key]}" for key in values if key != "theta" and values[key] != usual[key]]
+    return ", ".join([f"theta {rope.theta:,.0f}", *changed])
+
+
+def _stages(plan: Plan) -> str:
+    return table(
+        ["stage", "context", "tokens", "steps", "tokens a step", "micro-batches a rank", "attention of the layers", "RoPE"],
+        [
+            [
+                stage.stage.name,
+                f"{stage.stage.seq_len:,}",
+                _short(stage.tokens),
+                f"{stage.stage.steps:,}",
+                _short(stage.stage.batch_tokens),
+                f"{stage.micro_batches} × {stage.micro_batch_rows} rows",
+                describe_layers(stage.attention),
+                describe_rope(stage.stage.rope),
+            ]
+            for stage in plan.stages
+        ],
+    )
+
+
+def _cost(plan: Plan) -> str:
+    """FLOPs of a whole stage in units of 10^18."""
+    return table(
+        ["stage", "executed EFLOP", "as if full EFLOP", "executed / full", "s a step", "tokens/s a GPU", "days"],
+        [
+            [
+                stage.stage.name,
+                _digits(stage.flops.executed * stage.stage.steps / 1e18),
+                _digits(stage.flops.dense_equivalent * stage.stage.steps / 1e18),
+                f"{stage.flops.executed / stage.flops.dense_equivalent:.3f}",
+                _digits(stage.seconds),
+                f"{stage.stage.batch_tokens / stage.seconds / plan.config.num_gpus:,.0f}",
+                _digits(stage.days),
+            ]
+            for stage in plan.stages
+        ],
+    )
+
+
+def _memory(plan: Plan) -> str:
+    columns = ["weights", "gradients", "optimizer", "activations", "logits", "a layer's backward", "gate and slots", "at the peak"]
+    return table(["GB a GPU", *columns, f"of {plan.config.gpu}"], [_memory_row(plan, stage) for stage in plan.stages]) + (
+        "\n\nThe peak has the larger of logits and a layer's backward, of which one is over when the other begins. Gate and slots of MoBA "
+        "are part of the latter, before what the FFN has let go of is taken off. The CUDA context and fragmentation come on top."
+    )
+
+
+def _memory_row(plan: Plan, stage: StagePlan) -> list[str]:
+    held, states = stage.held, stage.states
+    parts = [states.weights, states.gradients, states.optimizer, held.activations, held.logits, held.workspace, held.gate_and_slots]
+    share = stage.memory / GPUS[plan.config.gpu].memory
+    return [stage.stage.name, *(_gb(part) for part in parts), _gb(stage.memory), f"{share:.0%}"]
+
+
+def _crossovers(plan: Plan) -> str:
+    lines = ["MoBA costs less than full attention, a layer of these shapes:"]
+    for kind, found in plan.crossovers.items():
+        lines.append(f"- {found} ({found.source})" if found else f"- {kind}: at no length that was measured on an {plan.config.gpu}")
+    return "\n".join(lines)
+
+
+def _measured(plan: Plan, device: str, figures: Sequence[StageFigures]) -> str:
+    rows = []
+    for stage, found in zip(plan.stages, figures, strict=True):
+        layers = ", ".join(f"{kind} {_digits(1e3 * layer.seconds)} ms" for kind, layer in found.layers.items())
+        rows.append(
+            [
+                stage.stage.name,
+                f"{layers}; ends {_digits(1e3 * found.ends.seconds)} ms",
+                _digits(found.step_seconds),
+                _digits(stage.seconds),
+                _digits(stage.flops.executed / plan.config.num_gpus / max(found.step_seconds, 1e-12) / 1e12),
+                _gb(found.activations),
+                _gb(found.reckoned),
+            ]
+        )
+    columns = ["s a step", f"planned for {plan.config.gpu}", "TFLOP/s executed", "activations GB", "reckoned for this device"]
+    return f"Measured on {device}, one rank's micro-batches, without optimizer and communication:\n\n" + table(
+        ["stage", "forward + backward of a layer and micro-batch", *columns], rows
+    )
+
+
+def _digits(value: float) -> str:
+    """Three digits, or all before the point: 0.0123, 4.13, 5,723."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _gb(size: float) -> str:
+    return _digits(size / 1e9)
+
+
+def _short(count: float) -> str:
+    """1.05M, 8.03B."""
+    exponent = min(4, int(math.log10(count)) // 3) if count >= 1 else 0
+    return f"{count / 1000**exponent:.3g}{('', 'K', 'M', 'B', 'T')[exponent]}"
+
+
+def _days(days: float) -> str:
+    return f"{_digits(days)} days" if days >= 1 else f"{24 * days:.3g} hours" if days > 1 / 24 else f"{1440 * days:.3g} minutes"
