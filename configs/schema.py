@@ -117,6 +117,16 @@ class AttentionKernel(Enum):
     FULL = "full"
 
 
+class Packing(Enum):
+    """How documents fill rows. `concat`: laid end to end and cut where rows end, so no token is padding and most documents are cut.
+    `best_fit`: documents of up to a row stay whole, longer ones are cut at row ends, and rows are padded, by at most 1 %.
+    `separate`: as best_fit, and no row holds two documents, however much of it is padding."""
+
+    CONCAT = "concat"
+    BEST_FIT = "best_fit"
+    SEPARATE = "separate"
+
+
 class InvalidText(Enum):
     """What preparation does with bytes that are not UTF-8."""
 
@@ -301,8 +311,83 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixSourceConfig:
+    """A source of the corpus in a mix. All sources of a mix have a weight, or all have epochs, or none has either."""
+
+    name: str = ""
+    """Its name in the prepared corpus."""
+    weight: float = 0.0
+    """Share of the training tokens; the weights of a mix sum to 1 (within 0.001, for 0.333)."""
+    epochs: float = 0.0
+    """How many times its documents are seen where those of a source with epochs=1 are seen once."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name), "name", repr(self.name), "must not be empty")
+        _at_least(self, 0, "weight", "epochs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthBucketConfig:
+    """Documents from a length on, up to the next bucket's."""
+
+    min_tokens: int = 1
+    """Tokens of the shortest, separators included."""
+    repeat: float = 1.0
+    """How many times they are seen where the documents shorter than all buckets are seen once."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "min_tokens")
+        _require(self.repeat > 0, "repeat", self.repeat, "must be positive; max_document_tokens leaves long documents out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixConfig:
+    """Which documents a stage trains on, how often, and how they fill its rows. By default all of them, once an epoch."""
+
+    sources: tuple[MixSourceConfig, ...] = ()
+    """Sources to draw from; empty: all, by size and temperature."""
+    temperature: float = 1.0
+    """Without weights and epochs, sources have shares of the training tokens in proportion to size^(1/temperature)."""
+    min_document_tokens: int = 0
+    """Shorter documents (separators counted) are left out; 0 takes all."""
+    max_document_tokens: int = 0
+    """Longer documents are left out; 0 takes all."""
+    buckets: tuple[LengthBucketConfig, ...] = ()
+    """Up-sampling by length inside each source, ascending; documents shorter than the first are seen once."""
+    packing: Packing = Packing.CONCAT
+    """concat, best_fit or separate."""
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.sources]
+        _require(len(set(names)) == len(names), "sources", names, "names must be unique")
+        self._check_shares()
+        _require(self.temperature > 0, "temperature", self.temperature, "must be positive")
+        _at_least(self, 0, "min_document_tokens", "max_document_tokens")
+        low, high = self.min_document_tokens, self.max_document_tokens or float("inf")
+        _require(low <= high, "max_document_tokens", high, f"must be at least min_document_tokens={low}, or 0")
+        for index, bucket in enumerate(self.buckets):
+            key = f"buckets.{index}.min_tokens"
+            _require(bucket.min_tokens <= high, key, bucket.min_tokens, f"holds nothing: max_document_tokens={self.max_document_tokens}")
+            _require(bucket.min_tokens > low, key, bucket.min_tokens, f"must be greater than {low}, where what comes before it begins")
+            low = bucket.min_tokens
+
+    def _check_shares(self) -> None:
+        given = [key for key in ("weight", "epochs") if any(getattr(source, key) for source in self.sources)]
+        _require(len(given) < 2, "sources", "weight and epochs", "give a mix one of them")
+        for key in given:
+            for index, source in enumerate(self.sources):
+                one_of = f"must be positive, as another source has {key}; leave the source out to have nothing of it"
+                _require(getattr(source, key) > 0, f"sources.{index}.{key}", getattr(source, key), one_of)
+            _require(self.temperature == 1, "temperature", self.temperature, f"sources have {key}; leave it out")
+        total = sum(source.weight for source in self.sources)
+        fitting = ", ".join(f"{source.weight / total:.4g}" for source in self.sources) if total else ""
+        sums = not total or abs(total - 1) <= 1e-3
+        _require(sums, "sources", f"weights that sum to {total:g}", f"must sum to 1; in these proportions {fitting}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """A stretch of the run in which context length, batch, attention and RoPE stay the same (DESIGN: stages)."""
+    """A stretch of the run in which context length, batch, attention, RoPE and mix stay the same (DESIGN: stages)."""
 
     name: str = "main"
     """Shown in logs."""
@@ -316,6 +401,8 @@ class StageConfig:
     """Attention of each layer."""
     rope: RopeConfig = field(default_factory=RopeConfig)
     """Positions."""
+    mix: MixConfig = field(default_factory=MixConfig)
+    """Documents."""
     lr_scale: float = 1.0
     """Multiplies the schedule's learning rate."""
 

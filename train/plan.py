@@ -22,7 +22,7 @@ from train.distributed import Ranks
 from train.engine import deepspeed_config
 from train.gpus import GPUS
 from train.optim import build_optimizer
-from train.trainer import check_heldout
+from train.trainer import check_heldout, check_mixes
 
 # ZeRO-3 keeps what it has gathered up to this many elements (`max_live_parameters` and `max_reuse_distance` of DeepSpeed 0.19).
 _GATHERED = 1_000_000_000
@@ -140,6 +140,7 @@ def check_plan(config: PlanConfig) -> str:
         return f"data.prepared_dir={folder}: is not prepared yet, so vocabulary, held-out rows and resume were not checked against it"
     corpus = Corpus.open(folder)
     check_vocabulary(config, corpus=folder, vocab_size=corpus.vocab_size)
+    check_mixes(config, corpus)
     check_heldout(config, corpus)
     if config.resume not in ("auto", "never"):
         state = checkpoint.read_state(checkpoint.resolve(config.resume, lambda text: None))
