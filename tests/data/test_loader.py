@@ -32,7 +32,7 @@ class Table:
         self.sources, self.source_numbers = ["a", "b", "c"], np.array(sources or [0] * len(lengths), np.int64)
 
     def tokens(self, document, start=0, stop=None):
-        return np.arange(int(self.lengths[document]), dtype=np.uint16)[start:stop] + 1000 * document
+        return np.arange(int(self.lengths[document]), dtype=np.uint32)[start:stop] + 1000 * document
 
 
 class Memory(Corpus):
