@@ -117,6 +117,13 @@ class AttentionKernel(Enum):
     FULL = "full"
 
 
+class DataRow(Enum):
+    """Rows of the data benchmark: `preparing` beside the tokenizer library alone, and `opening` a corpus of many documents."""
+
+    PREPARING = "preparing"
+    OPENING = "opening"
+
+
 class InvalidText(Enum):
     """What preparation does with bytes that are not UTF-8."""
 
@@ -746,3 +753,30 @@ class BenchmarkConfig:
         _require(divides, "num_heads", self.num_heads, f"must be a multiple of num_kv_heads={self.num_kv_heads}")
         _require(self.seed < 2**63, "seed", self.seed, "must be below 2^63")
         _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataBenchmarkConfig:
+    """`scripts.benchmark data`: rates of the data pipeline on this machine's cores."""
+
+    rows: tuple[DataRow, ...] = tuple(DataRow)
+    """What is measured."""
+    text_bytes: int = 60_000_000
+    """Text that is prepared: the bundled sources, over and over, each copy under another first line."""
+    documents: int = 10_000_000
+    """Documents of the corpus that is opened."""
+    num_workers: int = 0
+    """Processes that tokenise; 0 takes all cores. The library alone gets as many threads."""
+    scratch_dir: str = "outputs/benchmark/scratch"
+    """Folder for corpora made for the measurement; they are removed."""
+    output_dir: str = "outputs/benchmark"
+    """Folder of data.csv."""
+
+    def __post_init__(self) -> None:
+        shown = [row.value for row in self.rows]
+        _require(len(shown) > 0, "rows", "[]", "must hold at least one")
+        _require(len(set(shown)) == len(shown), "rows", shown, "must not hold the same twice")
+        _at_least(self, 1, "text_bytes", "documents")
+        _at_least(self, 0, "num_workers")
+        for key in ("scratch_dir", "output_dir"):
+            _require(bool(getattr(self, key)), key, repr(getattr(self, key)), "must not be empty")
