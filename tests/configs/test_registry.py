@@ -11,7 +11,16 @@ from configs import registry
 from configs.checks import check_run, check_vocabulary
 from configs.mapping import first_difference, from_mapping, to_mapping
 from configs.registry import CONFIG_DIR, compose
-from configs.schema import AttentionConfig, BenchmarkConfig, ConfigError, EvaluateConfig, PrepareConfig, RunConfig, StageConfig
+from configs.schema import (
+    AttentionConfig,
+    BenchmarkConfig,
+    ConfigError,
+    DataBenchmarkConfig,
+    EvaluateConfig,
+    PrepareConfig,
+    RunConfig,
+    StageConfig,
+)
 from train.stages import place_of
 
 
@@ -62,6 +71,7 @@ def test_every_root_composes():
     assert compose(PrepareConfig, config_name="prepare_data").data.name == "bundled"
     assert compose(EvaluateConfig, config_name="evaluate", overrides=["checkpoint=x"]).checkpoint == "x"
     assert compose(BenchmarkConfig, config_name="benchmark").output_dir == "outputs/benchmark"
+    assert compose(DataBenchmarkConfig, config_name="benchmark_data").documents == 10_000_000
 
 
 @pytest.fixture
