@@ -129,10 +129,13 @@ class Packing(Enum):
 
 
 class DataRow(Enum):
-    """Rows of the data benchmark: `preparing` beside the tokenizer library alone, and `opening` a corpus of many documents."""
+    """Rows of the data benchmark: `preparing` beside the tokenizer library alone, `opening` a corpus of many documents, `packing` them
+    into rows, and `loading` an epoch of rows beside `datasets`."""
 
     PREPARING = "preparing"
     OPENING = "opening"
+    PACKING = "packing"
+    LOADING = "loading"
 
 
 class InvalidText(Enum):

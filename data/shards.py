@@ -72,11 +72,6 @@ class DocumentTable:
             self._shards[number] = np.memmap(self._folder / self.counts.shards[number], self._dtype, mode="r")
         return self._shards[number]
 
-    @cached_property
-    def source_numbers(self) -> np.ndarray:
-        """Source of each document, its place in `sources`: [num_documents] int64."""
-        return self._index["source"].astype(np.int64)
-
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start, stop) of a document: a read-only view into the shard, uint16 or uint32. Token 0 is its bos, the last its eos."""
         record = self._index[document]

@@ -11,7 +11,7 @@ GPU. A row is first checked against fp64; one that is wrong shows its error in p
 Prints Markdown; writes attention.csv and attention.png into output_dir, anew after every row.
 
 Data:
-    rows=[preparing,opening]                          what is measured; all of it by default
+    rows=[preparing,opening,packing,loading]          what is measured; all of it by default
     text_bytes=60e6 documents=1e7 num_workers=0       how much text is prepared, documents of the corpus that is opened; processes
 
 Rates on this machine's cores, each beside what it should reach. Prints Markdown; writes data.csv into output_dir.
