@@ -76,7 +76,7 @@ def partition(table: DocumentTable, mixes: Sequence[MixConfig]) -> list[Pool]:
                     low=lows[at],
                     high=lows[at + 1] if at + 1 < len(lows) else None,
                     documents=documents,
-                    lengths=table.lengths[documents],
+                    lengths=table.lengths if len(documents) == table.num_documents else table.lengths[documents],
                 )
             )
     return pools

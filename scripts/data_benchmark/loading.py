@@ -1,5 +1,6 @@
 """An epoch of rows on one core: the prepared loader, and `datasets` with the usual concatenation, over the tokens of the same text."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,7 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from configs.registry import REPOSITORY
-from configs.schema import DataBenchmarkConfig, DataConfig, MixConfig, MixSourceConfig, Packing, SourceConfig, SourceFormat, TokenizerConfig
+from configs.schema import (
+    DataBenchmarkConfig,
+    DataConfig,
+    InvalidText,
+    MixConfig,
+    MixSourceConfig,
+    Packing,
+    SourceConfig,
+    SourceFormat,
+    TokenizerConfig,
+)
 from data.documents import LeftOut, read_documents
 from data.loader import build_loader
 from data.prepare import prepare
@@ -18,6 +29,7 @@ from data.shards import Corpus
 from scripts.data_benchmark.report import Measured
 
 _SEQ_LEN, _ROWS = 32768, 8  # of a step
+_VOCAB = 8192
 _MIXED = MixConfig(sources=tuple(MixSourceConfig(name=name, weight=0.5) for name in ("sotu", "python_stdlib")), packing=Packing.BEST_FIT)
 _LOADERS = {
     "all documents, concat": MixConfig(),
@@ -52,15 +64,18 @@ def _corpus(config: DataBenchmarkConfig, folder: Path) -> Path:
     for kind in (SourceFormat.SOTU, SourceFormat.PYTHON_STDLIB):
         source = SourceConfig(name=kind.value, format=kind)
         path = folder / f"{kind.value}.jsonl"
-        texts = [document.text for document in read_documents(source, left_out=LeftOut(), invalid_utf8=DataConfig().invalid_utf8)]
-        copies = max(1, config.text_bytes // 2 // sum(map(len, texts)))
+        texts = [document.text for document in read_documents(source, left_out=LeftOut(), invalid_utf8=InvalidText.SKIP)]
         with path.open("w") as file:
-            file.writelines(json.dumps({"text": f"copy {n}\n{text}"}) + "\n" for n in range(copies) for text in texts)
+            left = config.text_bytes // 2
+            for number, text in enumerate(itertools.cycle(texts)):
+                if left <= 0:
+                    break
+                left -= file.write(json.dumps({"text": f"copy {number // len(texts)}\n{text}"}) + "\n")
         sources.append(SourceConfig(name=kind.value, format=SourceFormat.JSONL, path=str(path)))
     corpus = DataConfig(
         prepared_dir=str(folder / "rows"),
         sources=tuple(sources),
-        tokenizer=TokenizerConfig(vocab_size=8192),
+        tokenizer=TokenizerConfig(vocab_size=_VOCAB),
         heldout_fraction=0.0,
         num_workers=config.num_workers,
     )
