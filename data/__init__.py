@@ -9,7 +9,9 @@ Made once, by `scripts.prepare_data`:
     manifest.py    what a prepared folder says about itself, and its checksums
 Read at each step of training:
     shards.py      a prepared corpus, checked and memory-mapped
+    mix.py         pools of documents by source and length, and the rule that takes rows from them in the shares of a stage's mix
     stream.py      which rows of tokens come in which order: documents shuffled, then rows; a pure function, its state a few integers
+    packing.py     which documents a row holds: laid end to end, best fit, or one alone
     batch.py       the packed rows a model is fed
     loader.py      steps for one rank, with integer state; held-out rows
 """

@@ -127,7 +127,7 @@ def _documents(plan: Plan) -> str:
             of_pool = [f"{pool.documents:,}", _short(pool.tokens), f"{pool.share:.1%}", _digits(pool.epochs)]
             rows.append([stage.stage.name, pool.name, *of_pool, *(of_stage if pool is mix.pools[0] else [""] * len(of_stage))])
     long = [f"of documents ≥ {low:,}" for low in plan.mixes[0].long]
-    return table(["stage", "documents", "number", "tokens", "of training tokens", "epochs", *long, "padding"], rows)
+    return table(["stage", "documents", "number", "tokens", "of training tokens", "epochs", *long, "padding"], rows, texts=2)
 
 
 def _crossovers(plan: Plan) -> str:

@@ -92,5 +92,7 @@ def test_a_mix_of_a_later_stage_that_the_corpus_does_not_have_ends_before_anythi
 
 def test_a_branch_whose_mixes_tell_more_apart_is_refused(whole, corpus, ranks, tmp_path):
     resume = f"resume={whole}/checkpoints/step_00000004"
-    with pytest.raises(ConfigError, match=r"^resume: the saved stream has documents in pools .*, python 2048-, the mixes of this run make "):
+    with pytest.raises(
+        ConfigError, match=r"^resume: the saved stream has documents in pools .*, python 2048-, the mixes of this run make "
+    ):
         train(_run(corpus, tmp_path / "run", resume, max_document_tokens=5000), ranks)

@@ -227,7 +227,7 @@ def test_a_plan_says_what_each_stage_reads_of_a_prepared_corpus(corpus):
         assert (pool.tokens, pool.share) == (tokens, pytest.approx(share)) and pool.epochs == pytest.approx(
             share * plan.stages[0].tokens / tokens
         )
-    shown = markdown(plan)
+    shown = " ".join(markdown(plan).split())
     assert "| main | sotu | " in shown and "| 60.0% |" in shown and "of documents ≥ 8,192" in shown
     assert "documents ≥" not in markdown(_plan())
 
