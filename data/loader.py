@@ -22,7 +22,7 @@ _HELDOUT_SEED = 0  # held-out rows are the same in every run
 class Loader:
     """This rank's micro-batches, step by step, without end. Made by `build_loader`.
 
-    `progress` is what the steps before the next one have visited, by pool (`data.mix`).
+    `epoch_tokens` is the number of tokens of the split, `progress` what the steps before the next one have visited, by pool (`data.mix`).
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class Loader:
     ) -> None:
         self.seq_len, self.rows_per_step, self.micro_batch_rows = seq_len, rows_per_step, micro_batch_rows
         self.rank, self.world_size = rank, world_size
+        self.epoch_tokens = table.num_tokens
         self.progress = [PoolProgress()] * len(stream.pools)
         self._table, self._stream, self._fingerprint = table, stream, fingerprint
 
@@ -93,7 +94,7 @@ class Loader:
         for key, value in here.items():
             if state[key] != value:
                 raise ConfigError(f"resume: the saved stream has {key}={state[key]}, this run has {key}={value}; they must be the same")
-        pools = state["pools"] if "pools" in state else upgraded(state, int(self._table.lengths.sum()))
+        pools = state["pools"] if "pools" in state else upgraded(state, self.epoch_tokens)
         self.progress = self._stream.from_state(pools)
 
 

@@ -165,7 +165,7 @@ class MixedStream:
             pool = self.pools[number]
             if pool.tokens < seq_len and mix.packing is not Packing.SEPARATE:
                 raise ConfigError(
-                    f"seq_len={seq_len}: the {len(pool.documents)} documents of {describe(pool, table)} have {pool.tokens} tokens and "
+                    f"seq_len={seq_len}: the documents of {describe(pool, table)} have {pool.tokens} tokens and "
                     f"fill no row; shorten the rows{'' if pool.name == EVERYTHING else ', or leave them out of the mix'}"
                 )
         self._streams = [TokenStream(pool.lengths, seed=seed, key=_key(pool)) for pool in self.pools]

@@ -29,6 +29,7 @@ class Table:
 
     def __init__(self, name, lengths, sources=None):
         self.name, self.lengths, self.num_documents = name, np.array(lengths, np.int64), len(lengths)
+        self.num_tokens = sum(lengths)
         self.sources, self.source_numbers = ["a", "b", "c"], np.array(sources or [0] * len(lengths), np.int64)
 
     def tokens(self, document, start=0, stop=None):
@@ -353,7 +354,7 @@ def test_heldout_rows_mix_documents():
 
 def test_numbers_that_do_not_fit_are_refused():
     corpus = Memory([5, 6])
-    with pytest.raises(ConfigError, match="seq_len=12: the 2 documents of the train split have 11 tokens and fill no row"):
+    with pytest.raises(ConfigError, match="seq_len=12: the documents of the train split have 11 tokens and fill no row"):
         build_loader(corpus, seq_len=12, rows_per_step=1, micro_batch_rows=1)
     with pytest.raises(ConfigError, match=r"rows_per_step=6: .* 2 \* 2"):
         build_loader(corpus, seq_len=4, rows_per_step=6, micro_batch_rows=2, world_size=2)

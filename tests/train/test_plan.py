@@ -211,7 +211,7 @@ def test_a_prepared_corpus_is_checked_as_training_does(corpus):
         _plan("model=tiny", "stages.0.seq_len=512", "model.vocab_size=300", prepared)
     with pytest.raises(ConfigError, match=r"seq_len=262144: the held-out documents"):
         _plan("model.max_seq_len=262144", "stages.0.seq_len=262144", "stages.0.batch_tokens=262144", prepared)
-    with pytest.raises(ConfigError, match=r"stages.0.seq_len=1048576: the \d+ documents of the train split have"):
+    with pytest.raises(ConfigError, match=r"stages.0.seq_len=1048576: the documents of the train split have"):
         _plan("model.max_seq_len=1048576", "stages.0.seq_len=1048576", "stages.0.batch_tokens=1048576", prepared)
     with pytest.raises(ConfigError, match=r"nowhere: no such checkpoint"):
         _plan("model=tiny", "stages.0.seq_len=512", prepared, "resume=nowhere")
