@@ -76,4 +76,4 @@ def _summary(manifest: Manifest, corpus: Corpus) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    run(main, interrupted="nothing was kept")
+    run(main, interrupted="what was finished is kept, and the same command goes on from there")

@@ -88,5 +88,5 @@ def test_an_interruption_leaves_nothing_behind(tmp_path, number, model_file):
             time.sleep(0.01)
         os.killpg(process.pid, number)
         said = process.communicate(timeout=30)
-    assert (process.returncode, *said) == (128 + number, "", f"interrupted by {number.name}: nothing was kept\n")
+    assert (process.returncode, *said) == (128 + number, "", f"interrupted by {number.name}: what was finished is kept, and the same command goes on from there\n")
     assert not list(tmp_path.iterdir())
