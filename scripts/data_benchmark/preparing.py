@@ -2,10 +2,10 @@
 
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from configs.schema import DataBenchmarkConfig, DataConfig, InvalidText, SourceConfig, SourceFormat, TokenizerConfig, TokenizerKind
@@ -25,19 +25,19 @@ def preparing(config: DataBenchmarkConfig, folder: Path) -> list[Measured]:
     texts = list(_copies(bundled, config.text_bytes))
     num_bytes = sum(len(text.encode()) for text in texts)
     source = folder / "texts.jsonl"
-    with source.open("w") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    with source.open("w") as lines:
+        lines.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     cores = resolve_workers(config.num_workers)
     figures = []
     for kind, (file, library) in _tokenizers(bundled, folder, cores).items():
-        alone = num_bytes / _seconds(lambda library=library: library(texts)) / 1e6
+        alone = num_bytes / _seconds(partial(library, texts)) / 1e6
         corpus = DataConfig(
             prepared_dir=str(folder / f"corpus-{kind.value}"),
             sources=(SourceConfig(name="texts", format=SourceFormat.JSONL, path=str(source)),),
             tokenizer=TokenizerConfig(kind=kind, path=str(file)),
             num_workers=cores,
         )
-        whole = num_bytes / _seconds(lambda corpus=corpus: prepare(corpus)) / 1e6
+        whole = num_bytes / _seconds(partial(prepare, corpus)) / 1e6
         what = f"{kind.value}, {num_bytes / 1e6:.0f} MB, {cores} cores"
         figures.append(Measured(name=f"library alone ({what})", value=alone, unit="MB/s"))
         note = f"{whole / alone:.0%} of the library alone"
@@ -105,6 +105,3 @@ def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
