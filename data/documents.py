@@ -289,7 +289,7 @@ def _repository_parts(source: SourceConfig) -> list[Part]:
         files: list[Path] = []
         size = number = 0
         for path in group:
-            more = path.stat().st_size + len(_title(root, path))
+            more = len(_title(root, path)) + path.stat().st_size + 2  # line ends, of which there may be one
             if files and size + more > source.max_document_bytes:
                 parts.append(Part(f"{name} part {(number := number + 1)}", files))
                 files, size = [], 0

@@ -23,7 +23,21 @@ from tests.data.conftest import make_texts, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 # Calls after which something on the disk may be other than before. What Python has buffered is lost with the process, as in any kill.
-WRITES = {"write", "flush", "fsync", "replace", "rename", "unlink", "rmdir", "mkdir", "truncate", "close", "posix_fallocate", "dump", "open"}
+WRITES = {
+    "write",
+    "flush",
+    "fsync",
+    "replace",
+    "rename",
+    "unlink",
+    "rmdir",
+    "mkdir",
+    "truncate",
+    "close",
+    "posix_fallocate",
+    "dump",
+    "open",
+}
 
 
 @pytest.fixture
