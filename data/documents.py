@@ -115,6 +115,7 @@ class DocumentReader:
                 for name, content in records(self._source, part, begin):
                     self._record += 1
                     text = self._decode(content, name)
+                    del content  # a hundred megabytes, perhaps
                     if text is None:
                         continue
                     self._taken += 1
@@ -340,6 +341,7 @@ def _jsonl(source: SourceConfig, part: Part, begin: int) -> Raw:
                 continue
             except (ValueError, RecursionError) as error:  # RecursionError: a thousand brackets deep
                 raise _refusal(source, f"{name} is not JSON ({error})") from None
+            del line
             if not isinstance(record, dict):
                 raise _refusal(source, f"{name} is a {type(record).__name__}, not an object")
             yield name, _field(source, record, name)

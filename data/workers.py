@@ -45,22 +45,24 @@ def resolve_workers(num_workers: int) -> int:
 
 
 def tokenise(
-    texts: Iterable[tuple[Record, str]], tokenizer: Path, dtype: np.dtype, num_workers: int
+    texts: Iterable[tuple[Record, str]], tokenizer: Path, dtype: np.dtype, num_workers: int, *, bos_id: int, eos_id: int
 ) -> Generator[tuple[Record, np.ndarray], None, None]:
-    """Each record with the ids of its text (`dtype`, without separators), in the order of `texts`.
+    """Each record with the ids of its text (`dtype`, between the two separators), in the order of `texts`.
 
     Beside the tokens of one text, at most three chunks of half a million characters per worker are in memory, and one text.
     Raises Outage when a worker dies.
     """
     records: deque[Record] = deque()
-    parts: list[np.ndarray] = []
+    bos, eos = np.array([bos_id], dtype), np.array([eos_id], dtype)
+    parts = [bos]
     encoded = _encoded(_stretches(texts, records), tokenizer, dtype, num_workers)
     try:
         for ids, ends in encoded:
             parts.append(ids)
             if ends:
-                yield records.popleft(), parts[0] if len(parts) == 1 else np.concatenate(parts)
-                parts = []
+                whole = np.concatenate([*parts, eos])
+                parts = [bos]
+                yield records.popleft(), whole
     finally:
         encoded.close()
 
