@@ -738,6 +738,35 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """`scripts.inspect_data`: what a prepared corpus holds."""
+
+    prepared_dir: str = ""
+    """Folder of the prepared shards."""
+    split: str = "train"
+    """train or heldout: where `document` and `tokens` are counted."""
+    document: int = -1
+    """Decode this document, counted from 0; -1 decodes none."""
+    tokens: str = ""
+    """Decode these tokens, FIRST..STOP (STOP itself is not among them): of the document, or without one of the whole split."""
+    contamination: bool = False
+    """Also look for the windows of held-out documents in training documents."""
+    verify: bool = False
+    """Also compare every file with its checksum."""
+    output_dir: str = "outputs/inspect"
+    """Folder of the figure, NAME-lengths.png by the corpus's folder NAME."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.prepared_dir), "prepared_dir", repr(self.prepared_dir), "must be given: python -m scripts.inspect_data FOLDER")
+        _require(self.split in ("train", "heldout"), "split", self.split, "accepted: train, heldout")
+        _at_least(self, -1, "document")
+        first, dots, stop = self.tokens.partition("..")
+        whole = not self.tokens or (dots and first.isdecimal() and stop.isdecimal() and int(first) < int(stop))
+        _require(bool(whole), "tokens", self.tokens, "must be FIRST..STOP, such as 1000..1200")
+        _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """`scripts.evaluate`: perplexity of held-out long documents."""
 

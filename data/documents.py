@@ -115,6 +115,7 @@ class DocumentReader:
                 for name, content in records(self._source, part, begin):
                     self._record += 1
                     text = self._decode(content, name)
+                    del content  # a hundred megabytes, perhaps
                     if text is None:
                         continue
                     self._taken += 1
@@ -289,7 +290,7 @@ def _repository_parts(source: SourceConfig) -> list[Part]:
         files: list[Path] = []
         size = number = 0
         for path in group:
-            more = path.stat().st_size + len(_title(root, path))
+            more = len(_title(root, path)) + path.stat().st_size + 2  # line ends, of which there may be one
             if files and size + more > source.max_document_bytes:
                 parts.append(Part(f"{name} part {(number := number + 1)}", files))
                 files, size = [], 0
@@ -340,6 +341,7 @@ def _jsonl(source: SourceConfig, part: Part, begin: int) -> Raw:
                 continue
             except (ValueError, RecursionError) as error:  # RecursionError: a thousand brackets deep
                 raise _refusal(source, f"{name} is not JSON ({error})") from None
+            del line
             if not isinstance(record, dict):
                 raise _refusal(source, f"{name} is a {type(record).__name__}, not an object")
             yield name, _field(source, record, name)

@@ -102,11 +102,12 @@ def is_heldout(digest: bytes, fraction: float) -> bool:
 
 def text_digest(text: str) -> bytes:
     """blake2b of the text in UTF-8, 16 bytes."""
-    return _digest(text.encode())
+    return _digest_and_size(text)[0]
 
 
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
+def _digest_and_size(text: str) -> tuple[bytes, int]:
+    content = text.encode()
+    return hashlib.blake2b(content, digest_size=16).digest(), len(content)
 
 
 def _build(config: DataConfig, folder: Path, state: dict[str, Any], progress: Progress) -> Manifest:
@@ -141,18 +142,17 @@ def _build(config: DataConfig, folder: Path, state: dict[str, Any], progress: Pr
 
         texts = _texts(config, left_out, seen, state["place"])
         # Closed before the folder goes away, should this end early: workers read the tokenizer there.
-        tokenised = open_files.enter_context(
-            closing(tokenise(texts, folder / tokenizer.file_name, dtype, resolve_workers(config.num_workers)))
-        )
+        workers = resolve_workers(config.num_workers)
+        ends = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+        tokenised = open_files.enter_context(closing(tokenise(texts, folder / tokenizer.file_name, dtype, workers, **ends)))
         for origin, tokens in tokenised:
             done += origin.num_bytes
             progress("tokenise", done, state["sampled"] or int(done / origin.share if origin.share else 0))
-            if len(tokens) < config.min_document_tokens:
+            if len(tokens) - 2 < config.min_document_tokens:
                 short.add("too_short", origin.name)
                 short_digests.write(origin.digest)
             else:
-                whole = np.concatenate((np.array([tokenizer.bos_id], dtype), tokens, np.array([tokenizer.eos_id], dtype)))
-                writers[origin.split].append(whole, source=origin.source, num_bytes=origin.num_bytes, digest=origin.digest)
+                writers[origin.split].append(tokens, source=origin.source, num_bytes=origin.num_bytes, digest=origin.digest)
             ended = sum(len(writer.finished) for writer in writers.values())
             if origin.place is not None and (ended > shards or done - committed >= _COMMIT_BYTES):
                 keep(origin.place)
@@ -227,21 +227,20 @@ def _texts(config: DataConfig, left_out: LeftOut, seen: DigestSet, place: dict[s
         begin = place["reader"] if place and number == first else None
         reader = read_documents(source, invalid_utf8=config.invalid_utf8, left_out=left_out, place=begin)
         for document in reader:
-            content = document.text.encode()
-            digest = _digest(content)
-            if not content or document.text.isspace():
+            digest, num_bytes = _digest_and_size(document.text)
+            if not num_bytes or document.text.isspace():
                 left_out.add("empty", document.name)
             elif not seen.add(digest):
                 left_out.add("duplicate", document.name)
             else:
-                unplaced += len(content)
+                unplaced += num_bytes
                 here = None
                 if unplaced >= _PLACE_BYTES:
                     here = {"source": number, "reader": reader.place(), "left_out": left_out.state()}
                     unplaced = 0
                 split = "heldout" if is_heldout(digest, config.heldout_fraction) else "train"
                 share = (sizes[number] + reader.progress()[0]) / sizes[-1] if sizes else 0.0
-                yield _Origin(document.name, number, len(content), digest, split, share, here), document.text
+                yield _Origin(document.name, number, num_bytes, digest, split, share, here), document.text
 
 
 def _sizes(config: DataConfig) -> list[float]:

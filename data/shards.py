@@ -52,10 +52,11 @@ class DocumentTable:
 
     def _column(self, name: str, dtype: type) -> np.ndarray:
         """A column of the index as an array of its own, read past the map: touched pages of a map count as memory of the process."""
-        column = np.zeros(self.num_documents, dtype)
+        column: np.ndarray = np.zeros(self.num_documents, dtype)
         if self.num_documents:
             with open(self._path, "rb") as file:
-                file.seek(self._index.offset)
+                np.lib.format.read_magic(file)
+                np.lib.format.read_array_header_1_0(file)
                 for first in range(0, self.num_documents, _INDEX_BATCH):
                     records = np.fromfile(file, INDEX, min(_INDEX_BATCH, self.num_documents - first))
                     column[first : first + len(records)] = records[name]

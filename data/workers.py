@@ -7,6 +7,7 @@ Workers are spawned, not forked: the parent may hold the threads of Arrow or tor
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -14,6 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -43,22 +45,24 @@ def resolve_workers(num_workers: int) -> int:
 
 
 def tokenise(
-    texts: Iterable[tuple[Record, str]], tokenizer: Path, dtype: np.dtype, num_workers: int
+    texts: Iterable[tuple[Record, str]], tokenizer: Path, dtype: np.dtype, num_workers: int, *, bos_id: int, eos_id: int
 ) -> Generator[tuple[Record, np.ndarray], None, None]:
-    """Each record with the ids of its text (`dtype`, without separators), in the order of `texts`.
+    """Each record with the ids of its text (`dtype`, between the two separators), in the order of `texts`.
 
     Beside the tokens of one text, at most three chunks of half a million characters per worker are in memory, and one text.
     Raises Outage when a worker dies.
     """
     records: deque[Record] = deque()
-    parts: list[np.ndarray] = []
+    bos, eos = np.array([bos_id], dtype), np.array([eos_id], dtype)
+    parts = [bos]
     encoded = _encoded(_stretches(texts, records), tokenizer, dtype, num_workers)
     try:
         for ids, ends in encoded:
             parts.append(ids)
             if ends:
-                yield records.popleft(), parts[0] if len(parts) == 1 else np.concatenate(parts)
-                parts = []
+                whole = np.concatenate([*parts, eos])
+                parts = [bos]
+                yield records.popleft(), whole
     finally:
         encoded.close()
 
@@ -104,7 +108,7 @@ def _encoded(
         waiting: deque[tuple[list[bool], Future[list[np.ndarray]]]] = deque()
         try:
             for chunk in _chunks(parts):
-                with _interrupts_held():
+                with _interrupts_held(), _bare_main():
                     waiting.append(([part.ends for part in chunk], pool.submit(_encode, chunk, dtype)))
                 if len(waiting) > 3 * num_workers:
                     yield from _result(waiting)
@@ -124,6 +128,17 @@ def _interrupts_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _bare_main() -> Iterator[None]:
+    """A process that is spawned imports the program that runs, with all that it imports, torch perhaps: seconds for nothing here."""
+    program = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = program
 
 
 def _result(waiting: deque[tuple[list[bool], Future[list[np.ndarray]]]]) -> Iterator[tuple[np.ndarray, bool]]:

@@ -221,7 +221,7 @@ def test_workers_end_with_a_parent_that_is_killed(model_file):
         "from data.workers import tokenise\n"
         "if __name__ == '__main__':\n"
         "    chunks = ((i, 'text ' * 1000) for i in itertools.count())\n"
-        "    for i, ids in tokenise(chunks, pathlib.Path(sys.argv[1]), numpy.dtype('<u2'), 2):\n"
+        "    for i, ids in tokenise(chunks, pathlib.Path(sys.argv[1]), numpy.dtype('<u2'), 2, bos_id=1, eos_id=2):\n"
         "        if i == 3: print(*[p.pid for p in __import__('multiprocessing').active_children()], flush=True)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(model_file)], stdout=subprocess.PIPE, cwd=ROOT) as parent:
