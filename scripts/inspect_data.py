@@ -26,12 +26,11 @@ from configs.schema import ConfigError, InspectConfig
 from data.contamination import WINDOW, contamination
 from data.documents import describe_left_out
 from data.manifest import SPLITS
+from data.mix import LONG
 from data.shards import Corpus, DocumentTable, length_histogram
 from scripts.figures import plot_lengths, short_count
 from scripts.program import quoted, run
 
-LONG = (8192, 32768, 131072)
-"""Lengths in tokens from which on documents' shares are given."""
 _SHOWN = 10  # contaminated documents
 _EXCERPT = 100  # characters
 
