@@ -65,9 +65,13 @@ def parse_layers(text: str, *, num_layers: int | None) -> frozenset[int]:
 
 def _free(words: list[str], num_layers: int, chosen: Mapping[int, object], said: str) -> list[int]:
     """The selected layers that are not chosen yet. Raises ValueError where there are none."""
-    free = [layer for layer in _select(words, num_layers) if layer not in chosen]
+    selected = _select(words, num_layers)
+    free = [layer for layer in selected if layer not in chosen]
     if not free:
-        raise ValueError(f"'{said}' names no layer that is still free among {num_layers}")
+        remedy = f"all {len(selected)} that it selects are named before it; narrow what stands there, or leave this out"
+        if not selected:  # `every N` alone can come to none
+            remedy = f"{words[-1]} is more than there are; lower it, or leave this out"
+        raise ValueError(f"'{said}' names no layer that is still free among {num_layers}: {remedy}")
     return free
 
 

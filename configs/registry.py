@@ -168,7 +168,7 @@ def _compose(schema: type, config_name: str, overrides: Sequence[str]) -> dict[s
         chosen = ", ".join([config_name, *(f"{group}={value}" for group, value in choices.items())])
         raise ConfigError(f"one of {chosen} cannot be read: {error}") from None
     if values.get("init_from"):
-        _begin_from(values, config_name, [key for key, _ in arguments])
+        _begin_from(schema, values, config_name, [key for key, _ in arguments])
     for key, shared in _SHARED.get(schema, {}).items():
         common = values.pop(key)
         from_mapping(shared, common, f"{key}.")
@@ -178,12 +178,20 @@ def _compose(schema: type, config_name: str, overrides: Sequence[str]) -> dict[s
     return values
 
 
-def _begin_from(values: dict[str, Any], config_name: str, keys: Sequence[str]) -> None:
-    """Puts the model and rope of `init_from` under what the arguments and files say of them beyond the root file. Raises ConfigError."""
+def _begin_from(schema: type, values: dict[str, Any], config_name: str, keys: Sequence[str]) -> None:
+    """Puts the model and rope of `init_from` under what the arguments and files say of them beyond the root file. Raises ConfigError.
+
+    A plan may be made where the weights are not: it goes by the files alone.
+    """
     with hydra.initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
         plain = typing.cast(dict[str, Any], OmegaConf.to_container(hydra.compose(config_name=config_name), resolve=True))
     given = to_mapping(from_mapping(RunConfig, {key: values[key] for key in ("run_dir", "init_from", "resume")}))
-    found = to_mapping(initial(given["run_dir"], given["init_from"], given["resume"]))
+    try:
+        found = to_mapping(initial(given["run_dir"], given["init_from"], given["resume"]))
+    except ConfigError:
+        if schema is PlanConfig and not Path(given["init_from"]).exists():
+            return
+        raise
     for part in ("model", "rope"):
         chosen = {key: value for key, value in values[part].items() if value != plain[part].get(key) or {part, f"{part}.{key}"} & set(keys)}
         values[part] = lay_over(found[part], chosen) if part == "rope" else found[part] | chosen

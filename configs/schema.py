@@ -385,7 +385,7 @@ class TokenizerConfig:
     kind: TokenizerKind = TokenizerKind.TRAIN
     """train, sentencepiece (a tokenizer.model) or huggingface (a tokenizer.json)."""
     path: str = ""
-    """File of an existing tokenizer."""
+    """File of an existing tokenizer, or a folder with one."""
     vocab_size: int = 8192
     """Tokens to learn, for `train`."""
     train_bytes: int = 4_000_000

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 from configs.layers import LayerAttention
 from configs.schema import ModelConfig
+from model.ops.full.packed import CUDNN_LENGTH
+from model.ops.moba.blocked import WORKSPACE_BUDGET
 from model.transformer import LOGITS_BUDGET
-
-MOBA_WORKSPACE = 1 << 30
-"""Bytes of partial results that either fast MoBA backend holds at most (`moba_attention`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +33,14 @@ class PassBytes:
 
 
 def pass_bytes(
-    config: ModelConfig, attention: Sequence[LayerAttention], *, rows: int, seq_len: int, itemsize: int, gpu: bool, triton: bool
+    config: ModelConfig, attention: Sequence[LayerAttention], *, rows: int, seq_len: int, itemsize: int, gpu: bool, triton_workspace: int
 ) -> PassBytes:
     """Bytes of forward and backward over `rows` rows that hold one document of `seq_len` tokens each, with the `attention` of each layer.
 
-    `itemsize` is e; on a `gpu` RMSNorm is one kernel, on a CPU its steps are saved one by one; `triton` says whose MoBA it is, else
-    the `torch` backend's. Nothing is checkpointed but the pieces of the loss.
+    `itemsize` is e; on a `gpu` RMSNorm is one kernel, on a CPU its steps are saved one by one; `triton_workspace` is what that MoBA
+    backend may hold (`moba_attention`), 0 where it is the `torch` backend. Nothing is checkpointed but the pieces of the loss.
     """
-    shapes = _Shapes(config=config, rows=rows, seq_len=seq_len, itemsize=itemsize, gpu=gpu, triton=triton)
+    shapes = _Shapes(config=config, rows=rows, seq_len=seq_len, itemsize=itemsize, gpu=gpu, triton_workspace=triton_workspace)
     kinds = [effective(kind, seq_len) for kind in attention]
     num_tokens = shapes.num_tokens
     table = 4 * config.head_dim  # cos and sin, which all layers share
@@ -73,7 +72,11 @@ class _Shapes:
     seq_len: int
     itemsize: int
     gpu: bool
-    triton: bool
+    triton_workspace: int
+
+    @property
+    def triton(self) -> bool:
+        return self.triton_workspace > 0
 
     @property
     def num_tokens(self) -> int:
@@ -86,6 +89,11 @@ class _Shapes:
     @property
     def kv_size(self) -> int:
         return self.config.num_kv_heads * self.config.head_dim
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether full attention goes document by document (`model.ops.full`)."""
+        return self.rows > 1 and not (self.gpu and self.itemsize == 2 and self.seq_len < CUDNN_LENGTH)
 
     def norm(self, width: int, heads: int = 1) -> int:
         """Per token: RMSNorm's output, 1/rms in fp32, and its input; where it is no kernel, input and quotient in fp32."""
@@ -105,7 +113,7 @@ class _Shapes:
             wide += 2 * self.kv_size  # keys before the convolution, and before its SiLU
         if attention.kind == "moba":
             saved += config.num_heads * self.slots(attention) * (4 if self.triton else 8)
-        if (attention.kind == "full" and self.rows > 1) or (attention.kind == "moba" and not self.triton):
+        if (attention.kind == "full" and self.is_joined) or (attention.kind == "moba" and not self.triton):
             wide += self.q_size  # outputs by document, or by group of heads, are joined by a copy
         return saved + self.itemsize * wide
 
@@ -127,7 +135,7 @@ class _Shapes:
         past, head_dim, heads = self.slots(attention), self.config.head_dim, self.num_tokens * self.config.num_heads
         partial = past * head_dim * self.itemsize + 8 * past if self.triton else 4 * (past + 1) * head_dim
         means = 4 * self.num_tokens * self.kv_size // attention.block_size
-        return min(MOBA_WORKSPACE, heads * partial) + means + 4 * heads * past
+        return min(self.triton_workspace or 4 * WORKSPACE_BUDGET, heads * partial) + means + 4 * heads * past
 
     def slots(self, attention: LayerAttention) -> int:
         """Past blocks that are kept for each query and head."""

@@ -45,7 +45,6 @@ from train.evaluate import (
 from train.initial import is_converted, load_into, state_of, tokenizers_of
 from train.report import describe_documents, describe_result, main_table, markdown, result_label
 from train.run_dir import describe_launch, write_atomically
-from train.stages import place_of
 
 FILES = ("position.png", "evaluation.md", "evaluation.json")
 
@@ -62,8 +61,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     device = choose_device(config.device)
     checkpoint = find_checkpoint(config.checkpoint)
     state = state_of(checkpoint)
-    trained = state.run()
-    stage = place_of(trained, max(state.step - 1, 0)).stage  # of the last finished step
+    trained, stage = state.run(), state.stage()
     settings = attention_settings(config, trained, stage)
     contexts = context_lengths(config, trained, stage, settings)
     corpus = open_corpus(config.data, tokenizers_of(checkpoint))

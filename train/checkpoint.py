@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from configs.mapping import first_difference, from_mapping, to_mapping
-from configs.schema import CheckpointConfig, ConfigError, RunConfig, ScheduleKind
+from configs.schema import CheckpointConfig, ConfigError, RunConfig, ScheduleKind, StageConfig
 from train.distributed import Ranks, from_main, gather_objects, on_main
 from train.engine import Engine
 from train.optim import learning_rate
@@ -53,6 +53,10 @@ class TrainingState:
             return from_mapping(RunConfig, self.config)
         except ConfigError as error:
             raise ConfigError(f"the config in the checkpoint of step {self.step}: {error}") from None
+
+    def stage(self) -> StageConfig:
+        """The stage of the last finished step. Raises ConfigError as `run` does."""
+        return place_of(self.run(), max(self.step - 1, 0)).stage
 
 
 def save(root: Path, engine: Engine, state: TrainingState, config: CheckpointConfig, ranks: Ranks) -> Path:

@@ -130,13 +130,12 @@ def begin_from(run: RunConfig, model: Transformer, corpus: Corpus) -> None:
     another tokenizer.
     """
     try:
-        source = open_source(run.init_from)
-        _check_tokenizer(run, source, corpus)
+        source = open_initial(run, corpus)
         fill(model, source.shapes, source.read)
         result = float(sum(parameter.detach().double().sum() for parameter in model.parameters()))
         problem = None
     except ConfigError as error:
-        result, problem = 0.0, f"init_from={error}"
+        result, problem = 0.0, str(error)
     found = gather_objects((result, problem))
     if problems := [text for _, text in found if text]:
         raise ConfigError(problems[0])
@@ -144,13 +143,20 @@ def begin_from(run: RunConfig, model: Transformer, corpus: Corpus) -> None:
         raise ConfigError(f"init_from={run.init_from}: the ranks read different weights there; give all machines the same files")
 
 
-def _check_tokenizer(run: RunConfig, source: Source, corpus: Corpus) -> None:
-    if source.tokenizer_hashes and corpus.tokenizer_hash not in source.tokenizer_hashes:
+def open_initial(run: RunConfig, corpus: Corpus | None) -> Source:
+    """The weights of `run.init_from`. Raises ConfigError as `open_source` does, and where the corpus (None: there is none to check yet)
+    was made with another tokenizer."""
+    try:
+        source = open_source(run.init_from)
+    except ConfigError as error:
+        raise ConfigError(f"init_from={error}") from None
+    if corpus and source.tokenizer_hashes and corpus.tokenizer_hash not in source.tokenizer_hashes:
         place = source.tokenizer or source.folder
         raise ConfigError(
-            f"{run.init_from}: its weights were made with tokenizer {' or '.join(source.tokenizer_hashes)}, the corpus in "
+            f"init_from={run.init_from}: its weights were made with tokenizer {' or '.join(source.tokenizer_hashes)}, the corpus in "
             f"data.prepared_dir={run.data.prepared_dir} with {corpus.tokenizer_hash}; prepare it with data.tokenizer.path={place}"
         )
+    return source
 
 
 def note_beginning(run: RunConfig, folder: Path, corpus: Corpus) -> None:

@@ -21,6 +21,7 @@ from train.crossover import Crossover, crossover
 from train.distributed import Ranks
 from train.engine import deepspeed_config
 from train.gpus import GPUS
+from train.initial import open_initial
 from train.optim import build_optimizer
 from train.trainer import check_heldout
 
@@ -116,7 +117,7 @@ class Plan:
 
 def make_plan(config: PlanConfig) -> Plan:
     """The plan of a run that passes the checks of training. Raises ConfigError as training would, before it allocates anything."""
-    notes = [check_plan(config)]
+    notes = check_plan(config)
     stages = tuple(_plan_stage(config, stage) for stage in config.stages)
     kinds = dict.fromkeys(kind for stage in stages for kind in stage.attention if kind.kind == "moba")
     crossovers = {kind: crossover(config.model, kind, gpu=config.gpu) for kind in kinds}
@@ -124,11 +125,11 @@ def make_plan(config: PlanConfig) -> Plan:
         notes += _stage_notes(config, stage, index)
     if config.parallel.precision is Precision.FP32:
         notes.append("parallel.precision=fp32: the time is that of bf16 matrix products; fp32 ones are slower")
-    return Plan(config=config, stages=stages, crossovers=crossovers, notes=tuple(note for note in notes if note))
+    return Plan(config=config, stages=stages, crossovers=crossovers, notes=tuple(notes))
 
 
-def check_plan(config: PlanConfig) -> str:
-    """All that training checks before its first step; returns what could not be checked here, or nothing. Raises ConfigError."""
+def check_plan(config: PlanConfig) -> list[str]:
+    """All that training checks before its first step; returns what could not be checked here. Raises ConfigError."""
     if config.gpu not in GPUS:
         raise ConfigError(f"gpu={config.gpu}: is not known; accepted: {', '.join(GPUS)}")
     check_run(config, world_size=config.num_gpus)
@@ -136,16 +137,22 @@ def check_plan(config: PlanConfig) -> str:
         model = Transformer(config.model, config.stages[0].attention.per_layer(config.model.num_layers), config.stages[0].rope)
     build_optimizer(model, config.optim)
     folder = config.data.prepared_dir
-    if not (Path(folder) / FILE_NAME).is_file():
-        return f"data.prepared_dir={folder}: is not prepared yet, so vocabulary, held-out rows and resume were not checked against it"
-    corpus = Corpus.open(folder)
+    corpus = Corpus.open(folder) if (Path(folder) / FILE_NAME).is_file() else None
+    notes = []
+    if config.init_from and Path(config.init_from).exists():
+        open_initial(config, corpus)
+    elif config.init_from:
+        notes.append(f"init_from={config.init_from}: is not there yet, so model, RoPE and tokenizer were not checked against its weights")
+    if corpus is None:
+        said = "is not prepared yet, so vocabulary, held-out rows and resume were not checked against it"
+        return [*notes, f"data.prepared_dir={folder}: {said}"]
     check_vocabulary(config, corpus=folder, vocab_size=corpus.vocab_size)
     check_heldout(config, corpus)
     if config.resume not in ("auto", "never"):
         state = checkpoint.read_state(checkpoint.resolve(config.resume, lambda text: None))
         ranks = Ranks(rank=0, world_size=config.num_gpus, device=torch.device("cpu"))
         checkpoint.check_fits(state, config, tokenizer_hash=corpus.tokenizer_hash, ranks=ranks)
-    return ""
+    return notes
 
 
 def _plan_stage(config: PlanConfig, stage: StageConfig) -> StagePlan:
@@ -179,7 +186,7 @@ def micro_batch_bytes(config: PlanConfig, stage: StageConfig, attention: Sequenc
         seq_len=stage.seq_len,
         itemsize=itemsize(config.parallel),
         gpu=gpu,
-        triton=gpu and _triton_serves(config, stage, attention),
+        triton_workspace=stage.attention.workspace if gpu and _triton_serves(config, stage, attention) else 0,
     )
 
 

@@ -11,6 +11,7 @@ from model.accounting import parameter_counts
 from train.calibrate import StageFigures
 from train.gpus import GPUS
 from train.plan import Plan, StagePlan
+from train.report import table
 
 
 def markdown(plan: Plan, measured: tuple[str, Sequence[StageFigures]] | None = None) -> str:
@@ -32,12 +33,6 @@ def markdown(plan: Plan, measured: tuple[str, Sequence[StageFigures]] | None = N
     if plan.notes:
         parts.append("\n".join(["Notes:", *(f"- {note}" for note in plan.notes)]))
     return "\n\n".join(parts)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown, the first column to the left and the others to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def describe_layers(attention: Sequence[LayerAttention]) -> str:

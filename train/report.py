@@ -87,14 +87,14 @@ def bucket_table(results: Sequence[Values], key: str, name: str) -> str:
     return table([name, "documents", "tokens", *map(result_label, results)], rows)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table that also reads well as plain text; the first column is text, the others are numbers."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """A Markdown table that also reads well as plain text; the first `texts` columns are text, the others numbers."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(cells, widths)))} |"
+        return f"| {' | '.join(cell.ljust(w) if i < texts else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths)))} |"
 
-    rule = ["-" * (width - 1) + ":" if i else "-" * width for i, width in enumerate(widths)]
+    rule = ["-" * width if i < texts else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     return "\n".join(map(line, [header, rule, *rows]))
 
 

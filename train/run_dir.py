@@ -74,7 +74,8 @@ def _check_owner(folder: Path, run: RunConfig) -> None:
     try:
         before = to_mapping(from_mapping(RunConfig, json.loads(file.read_text())))  # with settings that this version has added
     except ConfigError as error:
-        raise ConfigError(f"run_dir={folder}: {CONFIG_FILE} is of another version of this program ({error}); choose another folder") from None
+        said = f"{CONFIG_FILE} is of another version of this program ({error})"
+        raise ConfigError(f"run_dir={folder}: {said}; choose another folder") from None
     except (ValueError, TypeError):
         raise ConfigError(f"run_dir={folder}: {CONFIG_FILE} is damaged; choose another folder") from None
     now = to_mapping(run)

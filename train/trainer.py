@@ -188,7 +188,8 @@ def dry_run(run: RunConfig, engine: Engine, ranks: Ranks, first_step: int) -> No
         full = memory_gib(ranks.device)
     worst = max((used for used in gather_objects(full) if used is not None), default=None)
     if worst is not None:
+        key = "micro_batch_tokens" if run.parallel.micro_batch_tokens else "micro_batch_rows"
         raise ConfigError(
-            f"parallel.micro_batch_rows={shape[0]}: as many rows of seq_len={stage.seq_len} do not fit in a GPU's memory "
+            f"parallel.{key}={getattr(run.parallel, key)}: {shape[0]} rows of seq_len={stage.seq_len} do not fit in a GPU's memory "
             f"({worst:.1f} GiB were in use); fewer rows, shorter rows, a higher ZeRO stage or bf16 would help"
         )

@@ -12,6 +12,7 @@ from scripts.attention_benchmark.cases import Case, label
 from scripts.attention_benchmark.check import NAMES
 from scripts.attention_benchmark.measure import BOTH, FORWARD, Result, Timing
 from scripts.figures import short_count
+from train.report import table
 
 Line = tuple[str, str, list[tuple[int, float]]]
 
@@ -114,7 +115,7 @@ def _main_table(results: Sequence[Result], backward: bool) -> str:
         row += [f"{max(result.peak.values()) / 2**30:.2f}", *(_NONE if ms is None else _ms(ms) for ms in floors)]
         row += [_NONE if ms is None else f"{ms / result.eager[name].median:.0%}" for name, ms in zip(passes, floors)]
         rows.append([*row, f"{tokens_per_second(result):,.0f}"])
-    return _table(header, rows, texts=5)
+    return table(header, rows, texts=5)
 
 
 def has_floor(case: Case) -> bool:
@@ -192,7 +193,7 @@ def _ratio_table(results: Sequence[Result]) -> str:
     if not rows:
         return ""
     header = ["tokens", "attention", "kernel", "documents, inputs", "against", "time", "work", "time / work"]
-    return "## What documents and inputs cost: ratios of time and of work, pairs seen and the gate's\n\n" + _table(header, rows, texts=5)
+    return "## What documents and inputs cost: ratios of time and of work, pairs seen and the gate's\n\n" + table(header, rows, texts=5)
 
 
 def _parts_table(results: Sequence[Result]) -> str:
@@ -205,7 +206,7 @@ def _parts_table(results: Sequence[Result]) -> str:
         cells = [_ms(times[name]) if name in times else _NONE for name in names]
         rows.append([short_count(result.case.num_tokens), label(result.case), *cells, _ms(sum(times.values()))])
     last = list(found[0][0].eager)[-1]
-    return f"## Where the time of triton goes, {last}, ms\n\n" + _table(["tokens", "attention", *names, "together"], rows, texts=2)
+    return f"## Where the time of triton goes, {last}, ms\n\n" + table(["tokens", "attention", *names, "together"], rows, texts=2)
 
 
 def _token_table(results: Sequence[Result]) -> str:
@@ -220,7 +221,7 @@ def _token_table(results: Sequence[Result]) -> str:
         row = [label(result.case), short_count(tokens), *(f"{result.eager[name].median / tokens * 1e6:.1f}" for name in passes)]
         measured = [f"{gate / tokens * 1e6:.1f}", f"{flops / gate / 1e9:.0f}"] if gate else [_NONE, _NONE]
         rows.append([*row, f"{flops / tokens / 1e3:,.0f}", *measured])
-    return "## Time per token of triton beside its gate, which alone grows with the length\n\n" + _table(header, rows, texts=1)
+    return "## Time per token of triton beside its gate, which alone grows with the length\n\n" + table(header, rows, texts=1)
 
 
 def series(results: Sequence[Result]) -> dict[str, list[Line]]:
@@ -246,17 +247,6 @@ def _spread(timing: Timing | None) -> str:
 
 def _ms(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value >= 0.01 else f"{value:.1g}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 3) -> str:
-    """A Markdown table that also reads well as plain text; the first `texts` columns are text, the others numbers."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cell.ljust(w) if i < texts else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths)))} |"
-
-    rule = ["-" * width if i < texts else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join(map(line, [header, rule, *rows]))
 
 
 def to_csv(results: Sequence[Result], facts: Mapping[str, str]) -> str:

@@ -14,7 +14,6 @@ from model.transformer import Transformer
 from scripts.evaluate import find_checkpoint
 from train.evaluate import open_corpus
 from train.initial import load_into, state_of, tokenizers_of
-from train.stages import place_of
 
 
 class _Reached(Exception):
@@ -38,12 +37,11 @@ class Trained:
         """
         checkpoint = find_checkpoint(config.checkpoint)
         state = state_of(checkpoint)
-        run = state.run()
+        run, stage = state.run(), state.stage()
         count = run.model.num_layers
         if not -count <= config.layer < count:
             raise ConfigError(f"layer={config.layer}: the checkpoint's model has layers 0 to {count - 1}, or -{count} to -1 from the last")
         tokens = stream(open_corpus(config.data, tokenizers_of(checkpoint)), max(config.lengths))
-        stage = place_of(run, max(state.step - 1, 0)).stage  # of the last finished step
         model = Transformer(run.model, stage.attention.per_layer(count), stage.rope, workspace=stage.attention.workspace)
         load_into(model, checkpoint)
         return cls(model.to(device, torch.bfloat16).eval(), config.layer, tokens)

@@ -1,5 +1,6 @@
 """The door from Hydra: strictness, one-line errors that say what is accepted, and that every YAML composes."""
 
+import functools
 import itertools
 import shutil
 from dataclasses import replace
@@ -17,6 +18,7 @@ from configs.schema import (
     ConfigError,
     DataBenchmarkConfig,
     EvaluateConfig,
+    PlanConfig,
     PrepareConfig,
     RunConfig,
     StageConfig,
@@ -36,19 +38,33 @@ GROUPS = {group: sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"
 
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in GROUPS.items() for name in names])
 def test_every_file_composes_and_passes_its_checks(group, name):
-    check_run(_run(f"{group}={name}", *_short_enough(name)), world_size=1)
+    """As a plan, which does not need the weights that some recipes begin with."""
+    check_run(compose(PlanConfig, config_name="train", overrides=[f"{group}={name}", *_short_enough(name)]), world_size=1)
 
 
 _TOGETHER = set(itertools.product(GROUPS["model"], GROUPS["attention"], GROUPS["stages"])) - {("tiny", "moba_last3_full", "single")}
 
 
+@functools.cache
+def _of(group: str, name: str) -> RunConfig:
+    return _run(f"{group}={name}", *_short_enough(name))
+
+
 @pytest.mark.parametrize(("model", "attention", "stages"), sorted(_TOGETHER))
 def test_every_model_goes_with_every_attention(model, attention, stages):
-    check_run(_run(f"model={model}", f"attention={attention}", f"stages={stages}", *_short_enough(model)), world_size=1)
+    """Composed one by one: files of different groups set different keys."""
+    rows, layers = _of("stages", stages).stages[0], _of("attention", attention).stages[0].attention
+    seq_len = min(rows.seq_len, _of("model", model).stages[0].seq_len)
+    check_run(replace(_of("model", model), stages=(replace(rows, seq_len=seq_len, attention=layers),)), world_size=1)
 
 
 def _short_enough(model: str) -> tuple[str, ...]:
     return ("stages.0.seq_len=512",) if model == "tiny" else ()
+
+
+def test_a_recipe_that_begins_with_weights_is_not_trained_without_them():
+    with pytest.raises(ConfigError, match=r"^init_from=nowhere: no such folder$"):
+        _run("experiment=llama8b_1m", "init_from=nowhere")
 
 
 def test_without_arguments_a_run_fits_its_corpus():
@@ -258,7 +274,7 @@ def test_numbers_may_be_written_as_people_write_them():
         (
             ["model=tiny", "stages.0.seq_len=512", "attention=moba_last3_full"],
             1,
-            r"'rest moba.*' names no layer that is still free among 2$",
+            r"'rest moba.*' names no layer that is still free among 2: all 2 that it selects are named before it; narrow what stands there",
         ),
         (["attention.rule='last 1 full'"], 1, r"layers \[0, 1, 2\] of 4 are named by no clause"),
     ],

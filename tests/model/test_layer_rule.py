@@ -68,9 +68,16 @@ def test_unreadable_rules_are_refused_at_once(rule, message):
     ("rule", "message"),
     [
         ("last 2 full", r"layers \[0, 1, 2, 3\] of 6 are named by no clause"),
-        ("full, rest moba", "'rest moba\\(512, 3\\)' names no layer that is still free among 6"),
+        (
+            "full, rest moba",
+            r"^rule='full, rest moba': 'rest moba\(512, 3\)' names no layer that is still free among 6: all 6 that it selects are named "
+            r"before it; narrow what stands there, or leave this out$",
+        ),
         ("layers 6 full, rest moba", r"layers \[6\] do not exist; the model has layers 0..5"),
-        ("every 7 full, rest moba", "names no layer"),
+        (
+            "every 7 full, rest moba",
+            r"'every 7 full' names no layer that is still free among 6: 7 is more than there are; lower it, or leave this out$",
+        ),
     ],
 )
 def test_rules_that_do_not_fit_the_model_are_refused(rule, message):
@@ -108,7 +115,11 @@ def test_unreadable_lists_of_layers_are_refused_at_once(nope, message):
 
 
 @pytest.mark.parametrize(
-    ("nope", "message"), [("layers 6", r"^nope='layers 6': layers \[6\] do not exist"), ("all, last 1", "'last 1' names no layer")]
+    ("nope", "message"),
+    [
+        ("layers 6", r"^nope='layers 6': layers \[6\] do not exist"),
+        ("all, last 1", "'last 1' names no layer that is still free among 6: all 1 that it selects are named before it; narrow"),
+    ],
 )
 def test_lists_that_do_not_fit_the_model_are_refused(nope, message):
     with pytest.raises(ConfigError, match=message):

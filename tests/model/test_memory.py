@@ -30,7 +30,7 @@ def _inputs(rows: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, tor
 
 def _reckoned(config: ModelConfig, rule: str, rows: int, dtype: torch.dtype) -> PassBytes:
     attention = AttentionConfig(rule=rule).per_layer(config.num_layers)
-    return pass_bytes(config, attention, rows=rows, seq_len=ROW, itemsize=DTYPES[dtype], gpu=False, triton=False)
+    return pass_bytes(config, attention, rows=rows, seq_len=ROW, itemsize=DTYPES[dtype], gpu=False, triton_workspace=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,6 +95,21 @@ def test_on_a_gpu_by_hand():
     """bf16, one layer: two norms with input and output, the FFN's four, q, k, v and output, log-sum-exp and 1/rms in fp32, chosen ids."""
     config = _config(num_layers=1)
     attention = AttentionConfig(rule="moba(64, 3)").per_layer(1)
-    held = pass_bytes(config, attention, rows=1, seq_len=ROW, itemsize=2, gpu=True, triton=True)
+    held = pass_bytes(config, attention, rows=1, seq_len=ROW, itemsize=2, gpu=True, triton_workspace=1 << 30)
     layer = 2 * (4 * 128 + 4 * 384 + 2 * 128 + 2 * 64) + 4 * (2 + 4) + 4 * 4 * 2
     assert held.activations == ROW * (layer + 2 * 2 * 128 + 4 + 8 + 4 * 32)
+    slots, means_and_ids = 4 * ROW * 2 * (32 * 2 + 8), 4 * (ROW * 64 // 64) + 4 * 4 * ROW * 2
+    assert held.gate_and_slots == slots + means_and_ids
+    less = pass_bytes(config, attention, rows=1, seq_len=ROW, itemsize=2, gpu=True, triton_workspace=slots // 2)
+    assert less.gate_and_slots == slots // 2 + means_and_ids
+
+
+@pytest.mark.parametrize(("seq_len", "itemsize", "copies"), [(2048, 2, 0), (4096, 2, 1), (2048, 4, 1)])
+def test_rows_of_full_attention_are_joined_on_a_gpu_where_they_go_one_by_one(seq_len, itemsize, copies):
+    """FlashAttention takes all short rows at once; cuDNN, and PyTorch's fused kernels in fp32, take one."""
+    config = _config(num_layers=1)
+    full = AttentionConfig().per_layer(1)
+    one, two = (
+        pass_bytes(config, full, rows=rows, seq_len=seq_len, itemsize=itemsize, gpu=True, triton_workspace=0).activations for rows in (1, 2)
+    )
+    assert two - 2 * one == copies * itemsize * 2 * seq_len * 4 * 32

@@ -674,6 +674,7 @@ def run(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("trained")
     prepare(corpus_config(folder / "corpus"))
     more = ["stages.0.tokens=1024", "evaluation.rows=0", 'attention.rule="first 1 full, rest moba"']
+    more += ["model.key_conv=3", "rope.nope=first 1"]  # so what a layer attends with depends on documents, and on which layer it is
     jobs = [{"overrides": overrides(folder / "corpus", folder / "run", *more), "kill_in_step": None}]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     done = execute([sys.executable, "-m", "tests.train.driver", str(folder / "jobs.json")])

@@ -1,4 +1,4 @@
-"""Tiny runs on real text, in this process or through the deepspeed CLI."""
+"""Tiny runs on real text, in this process or on ranks of their own."""
 
 import json
 import os
@@ -6,6 +6,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +74,35 @@ def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
 
 def launch(arguments: list[str], *, num_ranks: int, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """`module arguments...` under the deepspeed CLI on gloo ranks, one thread each."""
+    launcher = [shutil.which("deepspeed", path=_path()) or "deepspeed", "--module", "--no_local_rank", "--num_gpus", str(num_ranks)]
+    return execute([*launcher, "--master_port", str(_free_port()), *arguments], timeout=timeout)
+
+
+def start_ranks(arguments: list[str], *, num_ranks: int, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """The same without the CLI, whose two imports of deepspeed cost more than a tiny run; when a rank fails the others are ended."""
+    shared = environment() | {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    command = [sys.executable, "-m", *arguments]
+    with tempfile.TemporaryFile("w+") as said:
+        environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
+        ranks = [subprocess.Popen(command, cwd=REPOSITORY, env=each, stdout=said, stderr=said) for each in environments]
+        end = time.monotonic() + timeout
+        try:
+            while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+                if time.monotonic() > end:
+                    raise subprocess.TimeoutExpired(command, timeout)
+                time.sleep(0.05)
+        finally:
+            for rank in ranks:
+                rank.kill()
+            codes = [rank.wait() for rank in ranks]
+        said.seek(0)
+        return subprocess.CompletedProcess(command, next(filter(None, codes), 0), "", said.read())
+
+
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [shutil.which("deepspeed", path=_path()) or "deepspeed", "--module", "--no_local_rank", "--num_gpus", str(num_ranks)]
-    return execute([*launcher, "--master_port", str(port), *arguments], timeout=timeout)
+        return int(probe.getsockname()[1])
 
 
 def execute(command: list[str], *, timeout: float = 240, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:

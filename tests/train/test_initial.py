@@ -11,17 +11,30 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from configs.registry import compose
-from configs.schema import ConfigError, DataConfig, EvaluateConfig, RopeScaling, RunConfig, TokenizerConfig, TokenizerKind
+from configs.schema import (
+    BenchmarkConfig,
+    ConfigError,
+    DataConfig,
+    EvaluateConfig,
+    PlanConfig,
+    RopeScaling,
+    RunConfig,
+    TokenizerConfig,
+    TokenizerKind,
+)
 from data.loader import build_loader
 from data.prepare import prepare
 from data.shards import Corpus
 from scripts import convert as door
+from scripts.attention_benchmark.trained import Trained
 from scripts.evaluate import evaluate
 from tests.model.test_huggingface import ROPES, make_theirs
-from tests.train.helpers import corpus_config, events, launch, make_run, overrides, steps
+from tests.train.helpers import corpus_config, events, make_run, overrides, start_ranks, steps
 from train.engine import load_weights
 from train.loop import train
+from train.plan import Plan, make_plan
 
+_FP32 = ("parallel.precision=fp32: the time is that of bf16 matrix products; fp32 ones are slower",)
 SIZE = {"vocab_size": 512, "max_position_embeddings": 128}
 
 
@@ -112,6 +125,22 @@ def test_a_contradiction_is_named_with_both_values(corpus, released, tmp_path, m
     assert says.replace("OURS", ours) in str(refusal.value)
 
 
+def test_a_plan_goes_by_the_weights_and_is_made_without_them_too(corpus, released, tmp_path):
+    def plan(init: Path | str, *more: str) -> Plan:
+        keys = [*arguments(corpus, tmp_path / "run", init, *more), "num_gpus=1"]
+        return make_plan(compose(PlanConfig, config_name="train", overrides=keys))
+
+    found = plan(released / "ours")
+    assert (found.config.model.hidden_size, found.config.stages[0].rope.theta, found.notes) == (32, 5000.0, _FP32)
+    with pytest.raises(ConfigError, match=r"^model.num_layers=4: the weights in init_from=.* have 2; leave model.num_layers out$"):
+        plan(released / "ours", "model.num_layers=4")
+    other = prepare_with(tmp_path / "other", TokenizerConfig(vocab_size=400, train_bytes=100_000))
+    with pytest.raises(ConfigError, match=rf"^init_from={released / 'ours'}: its weights were made with tokenizer .* the corpus in"):
+        plan(released / "ours", f"data.prepared_dir={other}")
+    said = f"init_from={tmp_path / 'none'}: is not there yet, so model, RoPE and tokenizer were not checked against its weights"
+    assert plan(tmp_path / "none", "model=tiny").notes == (said, *_FP32)
+
+
 @pytest.mark.parametrize("context", [64, 128])
 def test_converted_weights_are_evaluated_as_they_are(corpus, released, tmp_path, context):
     keys = [f"checkpoint={released / 'ours'}", f"data.prepared_dir={corpus}", f"output_dir={tmp_path}", f"contexts={context}"]
@@ -123,6 +152,15 @@ def test_converted_weights_are_evaluated_as_they_are(corpus, released, tmp_path,
     with torch.no_grad():
         theirs = LlamaForCausalLM.from_pretrained(released / "hf")(tokens[None], labels=tokens[None]).loss
     assert full == pytest.approx(float(theirs), abs=1e-4) and moba != full
+
+
+def test_the_attention_benchmark_takes_converted_weights(corpus, released):
+    keys = [f"checkpoint={released / 'ours'}", f"data.prepared_dir={corpus}", "inputs=trained", "lengths=60", "layer=1"]
+    trained = Trained.open(compose(BenchmarkConfig, config_name="benchmark", overrides=keys), torch.device("cpu"))
+    theirs = LlamaForCausalLM.from_pretrained(released / "hf", dtype=torch.bfloat16)
+    assert torch.equal(trained.model.layers[1].attention.k_proj.weight, theirs.model.layers[1].self_attn.k_proj.weight)
+    q, k, v = trained.draw([0, 20, 60])
+    assert len(q) == len(k) == 60 and k.shape == v.shape
 
 
 # --- training -------------------------------------------------------------------------------------------------------------------------
@@ -183,7 +221,7 @@ def test_two_ranks_start_where_one_does_whole_or_partitioned(corpus, released, r
     more = ("attention.rule=full", "max_steps=1", "evaluation.rows=0")
     zero = {stage: arguments(corpus, tmp_path / f"zero{stage}", released / "ours", f"parallel=zero{stage}", *more) for stage in (2, 3)}
     (tmp_path / "jobs.json").write_text(json.dumps([{"overrides": job, "kill_in_step": None} for job in zero.values()]))
-    done = launch(["tests.train.driver", str(tmp_path / "jobs.json")], num_ranks=2)
+    done = start_ranks(["tests.train.driver", str(tmp_path / "jobs.json")], num_ranks=2)
     assert done.returncode == 0, done.stderr
     train(make(corpus, tmp_path / "one", released / "ours", *more), ranks)
     ((_, one, norm),) = steps(tmp_path / "one")

@@ -11,7 +11,7 @@ from configs.registry import CONFIG_DIR, compose
 from configs.schema import ConfigError, ModelConfig, ParallelConfig, PlanConfig, Precision
 from model.accounting import parameter_counts
 from tests.train.engine_bytes import LAYOUTS, MODEL, count
-from tests.train.helpers import launch
+from tests.train.helpers import start_ranks
 from train import crossover as crossover_module
 from train.calibrate import calibrate
 from train.crossover import crossover
@@ -49,7 +49,7 @@ def _check_states(found: dict[str, int], stage: int, precision: Precision, *, wo
 
 
 def test_two_ranks_hold_what_is_reckoned(tmp_path):
-    done = launch(["tests.train.engine_bytes", str(tmp_path / "bytes.json")], num_ranks=2)
+    done = start_ranks(["tests.train.engine_bytes", str(tmp_path / "bytes.json")], num_ranks=2)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "bytes.json").read_text())
     for (stage, precision), bytes_found in zip(LAYOUTS, found, strict=True):
@@ -169,11 +169,14 @@ def test_every_experiment_is_planned_and_takes_the_time_it_states(name):
         assert any(stage.memory / 1e9 == pytest.approx(float(size.replace(",", "")), abs=1) for stage in plan.stages)
     shown = markdown(plan)
     for stage in plan.stages:
-        assert shown.count(f"| {stage.stage.name} |") == 3
+        assert len(re.findall(rf"^\| {stage.stage.name} +\|", shown, re.MULTILINE)) == 3
 
 
 def test_the_papers_recipe_is_as_the_paper_has_it():
     stages = _plan("experiment=llama8b_1m").stages
+    assert _plan("experiment=llama8b_1m", "init_from=nowhere").notes[0] == (
+        "init_from=nowhere: is not there yet, so model, RoPE and tokenizer were not checked against its weights"
+    )
     assert [stage.stage.seq_len for stage in stages] == [131072, 262144, 524288, 1048576, 1048576]
     assert describe_layers(stages[-1].attention) == "0-28 moba(4096, 12), 29-31 full"
     assert stages[-1].tokens == pytest.approx(100e9, rel=1e-3) and stages[-1].flops.executed < 0.25 * stages[-1].flops.dense_equivalent
@@ -190,6 +193,13 @@ def test_a_stage_that_moba_does_not_thin_out_and_one_that_does_not_fit_are_said(
     assert "stages.0.attention: moba(4096, 12) sees up to 49,152 tokens, and rows of stages.0.seq_len=32768 have no more" in said
     assert re.search(r"stages.0: needs \d+ GB a GPU, H200 has 141 GB; most of it are activations, \d+ GB: parallel.precision=bf16 or", said)
     assert plan.stages[0].flops.executed == plan.stages[0].flops.dense_equivalent
+
+
+def test_the_workspace_of_a_stage_is_reckoned_with():
+    settings = ("model=paper_545m", "parallel.precision=bf16", "stages.0.seq_len=32768", "stages.0.batch_tokens=32768", "attention=moba")
+    (usual,), (small,) = (_plan(*settings, *more).stages for more in ((), ("stages.0.attention.workspace_mib=64",)))
+    assert small.held.gate_and_slots < usual.held.gate_and_slots - (64 << 20)
+    assert small.held.activations == usual.held.activations
 
 
 def test_a_prepared_corpus_is_checked_as_training_does(corpus):

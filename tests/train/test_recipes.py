@@ -1,9 +1,13 @@
-"""The small twins of the recipes, really trained: every stage and every switch, on budgets of one step or three a stage, rows of 2048 at most and a small vocabulary."""
+"""The small twins of the recipes, really trained: every stage and every switch, on budgets of one step or three a stage, rows of 2048
+at most and a small vocabulary. And the recipes of continual training against the models that they begin with."""
 
 import pytest
 
+from configs.checks import check_run
+from configs.model_file import MODEL_FILE
 from configs.registry import compose
-from configs.schema import RunConfig
+from configs.schema import PlanConfig, RunConfig
+from model.hf import from_config
 from tests.train.helpers import events, lines
 from train.loop import train
 
@@ -53,3 +57,29 @@ def test_a_twin_has_the_stages_of_its_recipe(name):
         mine, big = ours.attention.per_layer(small.model.num_layers), theirs.attention.per_layer(large.model.num_layers)
         assert {kind.kind for kind in mine} == {kind.kind for kind in big}
         assert (ours.seq_len < theirs.seq_len) and (mine[0].kind == "full" or mine[0].topk * mine[0].block_size < ours.seq_len)
+
+
+_LLAMA = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+_LLAMA |= {"num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False}
+_STRETCHED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_STRETCHED |= {"original_max_position_embeddings": 8192}
+RELEASED = {
+    "llama8b_1m": _LLAMA | {"max_position_embeddings": 131072, "rope_scaling": _STRETCHED},
+    "prolong_512k": _LLAMA | {"max_position_embeddings": 8192, "rope_scaling": None},
+    "qwen_1m_style": {
+        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": False,
+        "max_position_embeddings": 131072, "sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 28,
+    },
+}  # fmt: skip
+"""What the config.json of Llama 3.1 8B, Llama 3 8B and Qwen2.5-7B say of shapes and positions."""
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_recipe_of_continual_training_fits_the_model_it_begins_with(name, tmp_path):
+    """The run is the same whether the weights are there or not."""
+    (tmp_path / MODEL_FILE).write_text(from_config(RELEASED[name]).text())
+    begun = compose(RunConfig, config_name="train", overrides=[f"experiment={name}", f"init_from={tmp_path}"])
+    planned = compose(PlanConfig, config_name="train", overrides=[f"experiment={name}", f"init_from={tmp_path / 'none'}"])
+    assert begun.model == planned.model and begun.stages == planned.stages
+    check_run(begun, world_size=64 if name == "llama8b_1m" else 8)

@@ -15,7 +15,7 @@ from model.ops.moba.tiles import build_tiles
 _ALIGNED_DIM = 16
 
 # Partial results held at once, in elements; key/value heads that would exceed it go one group after another.
-_WORKSPACE_BUDGET = 1 << 28
+WORKSPACE_BUDGET = 1 << 28
 
 
 def moba_blocked(q: Tensor, k: Tensor, v: Tensor, *, bounds: list[int], block_size: int, topk: int, softmax_scale: float) -> Tensor:
@@ -29,7 +29,7 @@ def moba_blocked(q: Tensor, k: Tensor, v: Tensor, *, bounds: list[int], block_si
         q, k, v = (pad(x, (0, -head_dim % _ALIGNED_DIM)) for x in (q, k, v))
     layout = block_layout(bounds, block_size)
     num_slots = min(topk, layout.max_doc_blocks)
-    kv_heads = max(1, _WORKSPACE_BUDGET // (q.numel() // k.shape[1] * num_slots))
+    kv_heads = max(1, WORKSPACE_BUDGET // (q.numel() // k.shape[1] * num_slots))
     query_heads = kv_heads * (q.shape[1] // k.shape[1])
     outputs = []
     for q_group, k_group, v_group in zip(q.split(query_heads, 1), k.split(kv_heads, 1), v.split(kv_heads, 1)):

@@ -54,6 +54,7 @@ def sliding_attention(
     if backend == "varlen" and refused:
         raise ValueError(f"backend='varlen': {refused}; backend='torch' takes others")
     if backend != "reference" and window >= max(end - start for start, end in itertools.pairwise(bounds)):
-        return full_attention(q, k, v, cu_seqlens=torch.tensor(bounds, dtype=torch.int32), softmax_scale=softmax_scale)
+        as_given = None if cu_seqlens is None else torch.tensor(bounds, dtype=torch.int32)
+        return full_attention(q, k, v, cu_seqlens=as_given, softmax_scale=softmax_scale)
     with torch.autocast(q.device.type, enabled=False):  # the inputs' dtype decides
         return _IMPLEMENTATIONS[backend](q, k, v, bounds=bounds, window=window, softmax_scale=softmax_scale or q.shape[-1] ** -0.5)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.ops.full import gpu
+
 varlen_attn: Callable[..., Any] | None = None
 try:
     from torch.nn.attention import varlen
@@ -18,20 +20,12 @@ try:
 except ImportError:  # PyTorch before 2.10
     pass
 
-_MAX_HEAD_DIM = 256
-
 
 def refusal(q: Tensor) -> str | None:
     """Why this backend cannot serve a call with queries like q `[T, Hq, D]`; None where it can."""
     if varlen_attn is None:
         return f"PyTorch {torch.__version__} has no varlen_attn with a window"
-    if not q.is_cuda:
-        return f"q is on {q.device}; accepted: a CUDA device"
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"q has dtype {q.dtype}; accepted: torch.bfloat16, torch.float16"
-    if q.shape[-1] > _MAX_HEAD_DIM or q.shape[-1] % 8:
-        return f"q has head dimension {q.shape[-1]}; accepted: multiples of 8 up to {_MAX_HEAD_DIM}"
-    return None
+    return gpu.refusal("flash", q)
 
 
 def sliding_varlen(q: Tensor, k: Tensor, v: Tensor, *, bounds: list[int], window: int, softmax_scale: float) -> Tensor:

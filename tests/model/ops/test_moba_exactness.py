@@ -76,7 +76,7 @@ def test_groups_of_heads_give_the_same_bits(monkeypatch):
     sparse, _ = both([0, 150], 16, 3, 32)
     expected = forward_backward(sparse, inputs)
     for kv_heads in (1, 2):
-        monkeypatch.setattr("model.ops.moba.blocked._WORKSPACE_BUDGET", kv_heads * 150 * 2 * 32 * 3)
+        monkeypatch.setattr("model.ops.moba.blocked.WORKSPACE_BUDGET", kv_heads * 150 * 2 * 32 * 3)
         for name, value in forward_backward(sparse, inputs).items():
             assert torch.equal(value, expected[name]), name
 
