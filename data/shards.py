@@ -62,11 +62,6 @@ class DocumentTable:
                     column[first : first + len(records)] = records[name]
         return column
 
-    def place(self, document: int) -> tuple[int, int]:
-        """The number of the shard a document lies in, and its first token there."""
-        record = self._index[document]
-        return int(record["shard"]), int(record["offset"])
-
     def shard(self, number: int) -> np.ndarray:
         """The tokens of a shard, document after document in the order of the index: read-only, uint16 or uint32."""
         if number not in self._shards:

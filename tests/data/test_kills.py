@@ -143,7 +143,7 @@ def test_what_was_committed_is_not_tokenised_again(jsonl_config, tmp_path, many_
 def test_the_tokenizer_is_not_learnt_again(jsonl_config, tmp_path, monkeypatch):
     config = jsonl_config(make_texts(60), tokenizer=TokenizerConfig(vocab_size=384))
     with monkeypatch.context() as patch:
-        patch.setattr(data.prepare, "tokenise", lambda *given: (_ for _ in ()).throw(Outage("the power is cut")))
+        patch.setattr(data.prepare, "tokenise", lambda *given, **more: (_ for _ in ()).throw(Outage("the power is cut")))
         with pytest.raises(Outage):
             prepare(config)
     monkeypatch.setattr(data.prepare, "train_tokenizer", lambda *given, **more: pytest.fail("learnt again"))
