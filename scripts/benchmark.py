@@ -1,5 +1,6 @@
-"""Measure kernels: `python -m scripts.benchmark attention`.
+"""Measure kernels, `python -m scripts.benchmark attention`, or the data pipeline, `python -m scripts.benchmark data`.
 
+Attention:
     lengths=[8192,32768] settings=[[128,8],[512,3]]   tokens in a call; MoBA settings, each [block_size, topk]
     inputs=[random,skewed] documents=[one,mixed]      choices as trained models make them; several documents
     inputs=[random,trained] checkpoint=RUN            q, k and v of a trained model
@@ -8,11 +9,19 @@
 Forward and forward+backward time, eager and under a CUDA graph, peak memory and sparse efficiency of MoBA and dense attention on one
 GPU. A row is first checked against fp64; one that is wrong shows its error in place of a time, and the exit status is 1.
 Prints Markdown; writes attention.csv and attention.png into output_dir, anew after every row.
+
+Data:
+    rows=[preparing,opening,packing,loading]          what is measured; all of it by default
+    text_bytes=60e6 documents=1e7 num_workers=0       how much text is prepared, documents of the corpus that is opened; processes
+
+Rates on this machine's cores, each beside what it should reach. Prints Markdown; writes data.csv into output_dir.
 """
 
 import datetime
+import platform
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,16 +33,21 @@ import torch
 
 from configs.mapping import nearest
 from configs.registry import command, fail, show
-from configs.schema import BenchmarkConfig, ConfigError, KernelInputs, ModelConfig
+from configs.schema import BenchmarkConfig, ConfigError, DataBenchmarkConfig, KernelInputs, ModelConfig
+from data.workers import resolve_workers
 from scripts.attention_benchmark.cases import all_cases, is_installed, label
 from scripts.attention_benchmark.measure import CudaMeter, Result, measure
 from scripts.attention_benchmark.report import markdown, series, to_csv
 from scripts.attention_benchmark.trained import Trained
+from scripts.data_benchmark import report as data_report
+from scripts.data_benchmark.rows import MEASURES
 from scripts.figures import plot_times
 from scripts.program import run
+from train.run_dir import write_atomically
 
-SUBCOMMANDS = ("attention",)
+SUBCOMMANDS = ("attention", "data")
 FILES = ("attention.csv", "attention.png")
+DATA_FILE = "data.csv"
 
 
 def main() -> None:
@@ -44,7 +58,20 @@ def main() -> None:
     elif word not in ("-h", "--help"):
         given = "what to measure must be given" if not word or "=" in word else f"{word}: no such benchmark{nearest(word, SUBCOMMANDS)}"
         fail(f"{given}; accepted first word: {', '.join(SUBCOMMANDS)}")
-    attention()
+    (data if word == "data" else attention)()
+
+
+@command(DataBenchmarkConfig, config_name="benchmark_data")
+def data(config: DataBenchmarkConfig) -> None:
+    """Measures row after row and prints the report; each row's scratch folder goes as it ends."""
+    folder, scratch = _make_folder(config.output_dir, "output_dir"), _make_folder(config.scratch_dir, "scratch_dir")
+    facts = {"cores": str(resolve_workers(0)), "python": platform.python_version(), **_date_and_command("data")}
+    figures: list[data_report.Measured] = []
+    for row in config.rows:
+        with tempfile.TemporaryDirectory(dir=scratch, prefix=f"{row.value}-") as place:
+            figures += MEASURES[row](config, Path(place))
+        write_atomically(folder / DATA_FILE, data_report.to_csv(figures, facts))
+    show(f"{data_report.markdown(figures, facts)}\n\n{folder / DATA_FILE}")
 
 
 @command(BenchmarkConfig, config_name="benchmark")
@@ -70,7 +97,7 @@ def benchmark(config: BenchmarkConfig) -> list[Result]:
     if not cases:
         shown = ", ".join(row.value for row in config.rows)
         raise ConfigError(f"rows={shown}: none can be measured; see dense_up_to={config.dense_up_to} and what is installed")
-    folder, meter = _make_folder(config), CudaMeter()
+    folder, meter = _make_folder(config.output_dir, "output_dir"), CudaMeter()
     results: list[Result] = []
     for row, case in cases:
         result = measure(row, case, meter)
@@ -100,19 +127,25 @@ def describe() -> dict[str, str]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
         "triton": triton.__version__,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": shlex.join(["python", "-m", "scripts.benchmark", *SUBCOMMANDS, *sys.argv[1:]]),
+        **_date_and_command("attention"),
     }
 
 
-def _make_folder(config: BenchmarkConfig) -> Path:
-    folder = Path(config.output_dir)
+def _date_and_command(word: str) -> dict[str, str]:
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": shlex.join(["python", "-m", "scripts.benchmark", word, *sys.argv[1:]]),
+    }
+
+
+def _make_folder(path: str, key: str) -> Path:
+    folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise ConfigError(f"output_dir={folder}: is a file; choose a folder") from None
+        raise ConfigError(f"{key}={folder}: is a file; choose a folder") from None
     except OSError as error:
-        raise ConfigError(f"output_dir={folder}: cannot be made ({error.strerror})") from None
+        raise ConfigError(f"{key}={folder}: cannot be made ({error.strerror})") from None
     return folder
 
 

@@ -10,7 +10,6 @@ is made is whole or absent; one that is there already is left alone. Hub names a
 """
 
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -27,7 +26,7 @@ from configs.registry import REPOSITORY, command, fail, show
 from configs.schema import ConfigError, ConvertConfig
 from data.tokenizer import copy_tokenizer, load_tokenizer
 from model.hf import MODELLING_FILE, from_config, is_computed, parameter_shapes, to_config, to_theirs
-from scripts.program import run
+from scripts.program import quoted, run
 from train.initial import Source, open_source
 from train.run_dir import TOKENIZER, new_folder
 from train.weights import WeightFolder, check_shapes, num_bytes, widest, write_weights
@@ -47,16 +46,11 @@ def main() -> None:
             if len(words) != 3:
                 usage = {"from_hf": "DIR OUT", "to_hf": "CKPT DIR"}[word]
                 fail(f"{word}: takes two paths and got {len(words) - 1}; python -m scripts.convert {word} {usage}")
-            sys.argv[1:] = [f"source={_quoted(words[1])}", f"target={_quoted(words[2])}", *others]
+            sys.argv[1:] = [f"source={quoted(words[1])}", f"target={quoted(words[2])}", *others]
     elif word or not {"-h", "--help"} & set(others):
         given = f"{word}: no such conversion{nearest(word, SUBCOMMANDS)}" if word else "what to do must be given"
         fail(f"{given}; accepted first word: {', '.join(SUBCOMMANDS)}")
     (to_hf if word == "to_hf" else from_hf)()
-
-
-def _quoted(path: str) -> str:
-    """A text as Hydra's grammar takes it: in quotes, where a quote is escaped, and backslashes before one are doubled."""
-    return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), path) + "'"
 
 
 @command(ConvertConfig, config_name="convert")

@@ -92,6 +92,29 @@ def plot_times(path: Path, title: str, panels: Mapping[str, Sequence[tuple[str, 
     _save(figure, path)
 
 
+def plot_lengths(path: Path, title: str, panels: Mapping[str, Sequence[tuple[int, int, int]]]) -> None:
+    """Writes a PNG of document lengths: for each named split, (from, documents, tokens) of every length in [from, 2 from) tokens.
+
+    Bars are shares of the split's documents and, beside them, of its tokens: long documents are few and hold much.
+    """
+    figure = Figure(figsize=(3.0 + 3.8 * len(panels), 4.2), dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    for axes, (name, bins) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        places = [math.log2(low) for low, *_ in bins]
+        for number, (label, column) in enumerate((("documents", 1), ("tokens", 2))):
+            total = sum(entry[column] for entry in bins)
+            shares = [100 * entry[column] / total for entry in bins]
+            axes.bar([place + (0.3 if number == 0 else 0.7) for place in places], shares, width=0.4, label=label, color=_COLOURS[number])
+        axes.xaxis.set_major_locator(FixedLocator(sorted({*places, *(place + 1 for place in places)})))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(round(2**value))))
+        axes.tick_params(axis="x", labelrotation=60, labelsize=8)
+        axes.set_xlabel(f"tokens of a document ({name})")
+        axes.set_ylabel("share (%)")
+        axes.legend(frameon=False)
+        _plain(axes)
+    _save(figure, path)
+
+
 def short_count(value: int) -> str:
     """512, 1K, 2K, 1M: powers of two as people write context lengths."""
     for unit, size in (("M", 1 << 20), ("K", 1 << 10)):

@@ -1,7 +1,8 @@
 """Prepare a corpus: `python -m scripts.prepare_data data=bundled`.
 
 Reads the documents of `data.sources`, holds some out, trains or loads the tokenizer and writes shards into `data.prepared_dir`.
-A finished corpus of the same config is left as it is; overwrite=true builds it again.
+A finished corpus of the same config is left as it is; overwrite=true builds it again. One that was killed goes on where it was.
+`python -m scripts.inspect_data FOLDER` looks into the result; docs/data.md says how each kind of text is handled.
 """
 
 import sys
@@ -13,7 +14,16 @@ if not __package__:  # started by its path: the folder of this file would shadow
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from configs.registry import command, show
 from configs.schema import PrepareConfig
@@ -37,16 +47,17 @@ def main(config: PrepareConfig) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Report]:
-    """A bar with MB/s on a terminal, nothing elsewhere. It goes to stderr; the summary is what stdout carries."""
+    """A bar with MB/s and the time that is left on a terminal, nothing elsewhere. It goes to stderr; stdout carries the summary."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        tasks: dict[str, int] = {}
+    figures = (DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), *figures)
+    with Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=60) as bar:
+        tasks: dict[str, TaskID] = {}
 
         def report(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=None)
-            bar.update(tasks[phase], completed=done, total=total or None)  # type: ignore[arg-type]
+            if phase not in tasks:  # what an earlier start has done counts, but not for the speed
+                tasks[phase] = bar.add_task(phase, total=None, completed=done)
+            bar.update(tasks[phase], completed=done, total=total or None)
 
         yield report
 
@@ -76,4 +87,4 @@ def _summary(manifest: Manifest, corpus: Corpus) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    run(main, interrupted="nothing was kept")
+    run(main, interrupted="what was finished is kept, and the same command goes on from there")

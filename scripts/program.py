@@ -1,5 +1,6 @@
-"""What every command shares: how it ends when it is interrupted."""
+"""What commands share: how they end when they are interrupted, and how a word of the command line becomes a setting."""
 
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -32,3 +33,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     for each in _SIGNALS:
         signal.signal(each, signal.SIG_IGN)  # cleaning up is not interrupted
     raise _Interrupt(number)
+
+
+def quoted(path: str) -> str:
+    """A text as Hydra's grammar takes it: in quotes, where a quote is escaped, and backslashes before one are doubled."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), path) + "'"

@@ -16,7 +16,7 @@ from train.engine import Engine
 from train.initial import begin_from, note_beginning
 from train.metrics import Metrics
 from train.run_dir import CHECKPOINTS, own_run_dir, record_launch
-from train.trainer import Trainer, check_heldout, dry_run
+from train.trainer import Trainer, check_heldout, check_mixes, dry_run
 
 
 class _Interrupt:
@@ -36,6 +36,7 @@ def train(run: RunConfig, ranks: Ranks) -> None:
     interrupt = _Interrupt()
     corpus = on_main(ranks, lambda: Corpus.open(run.data.prepared_dir))
     check_vocabulary(run, corpus=run.data.prepared_dir, vocab_size=corpus.vocab_size)
+    check_mixes(run, corpus)
     check_heldout(run, corpus)
     with contextlib.ExitStack() as held:
         folder = on_main(ranks, lambda: held.enter_context(own_run_dir(run)))

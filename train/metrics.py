@@ -169,7 +169,8 @@ class _TensorBoard:
 
 def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
     prefix = f"{values['event']}/" if "event" in values else ""
-    return {f"{prefix}{key}": value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"}
+    grouped = {f"{group}/{key}": value for group, part in values.items() if isinstance(part, dict) for key, value in part.items()}
+    return {f"{prefix}{key}": value for key, value in {**values, **grouped}.items() if isinstance(value, (int, float)) and key != "step"}
 
 
 class Metrics(contextlib.AbstractContextManager["Metrics"]):

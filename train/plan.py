@@ -11,6 +11,7 @@ from configs.checks import check_run, check_vocabulary
 from configs.layers import LayerAttention
 from configs.schema import AttentionBackend, ConfigError, ParallelConfig, PlanConfig, Precision, RunConfig, StageConfig
 from data.manifest import FILE_NAME
+from data.mix import MixReport, report
 from data.shards import Corpus
 from model.accounting import TrainingFlops, parameter_counts, training_flops
 from model.memory import PassBytes, effective, pass_bytes, reach
@@ -23,7 +24,7 @@ from train.engine import deepspeed_config
 from train.gpus import GPUS
 from train.initial import open_initial
 from train.optim import build_optimizer
-from train.trainer import check_heldout
+from train.trainer import check_heldout, check_mixes
 
 # ZeRO-3 keeps what it has gathered up to this many elements (`max_live_parameters` and `max_reuse_distance` of DeepSpeed 0.19).
 _GATHERED = 1_000_000_000
@@ -107,10 +108,12 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All stages, the crossover of each MoBA setting (None: MoBA never won where it was measured), and what else is worth saying."""
+    """All stages, what each reads of a corpus that is prepared, the crossover of each MoBA setting (None: MoBA never won where it was
+    measured), and what else is worth saying."""
 
     config: PlanConfig
     stages: tuple[StagePlan, ...]
+    mixes: tuple[MixReport, ...]
     crossovers: dict[LayerAttention, Crossover | None]
     notes: tuple[str, ...]
 
@@ -125,7 +128,7 @@ def make_plan(config: PlanConfig) -> Plan:
         notes += _stage_notes(config, stage, index)
     if config.parallel.precision is Precision.FP32:
         notes.append("parallel.precision=fp32: the time is that of bf16 matrix products; fp32 ones are slower")
-    return Plan(config=config, stages=stages, crossovers=crossovers, notes=tuple(notes))
+    return Plan(config=config, stages=stages, mixes=_mixes(config, stages), crossovers=crossovers, notes=tuple(notes))
 
 
 def check_plan(config: PlanConfig) -> list[str]:
@@ -147,12 +150,22 @@ def check_plan(config: PlanConfig) -> list[str]:
         said = "is not prepared yet, so vocabulary, held-out rows and resume were not checked against it"
         return [*notes, f"data.prepared_dir={folder}: {said}"]
     check_vocabulary(config, corpus=folder, vocab_size=corpus.vocab_size)
+    check_mixes(config, corpus)
     check_heldout(config, corpus)
     if config.resume not in ("auto", "never"):
         state = checkpoint.read_state(checkpoint.resolve(config.resume, lambda text: None))
         ranks = Ranks(rank=0, world_size=config.num_gpus, device=torch.device("cpu"))
         checkpoint.check_fits(state, config, tokenizer_hash=corpus.tokenizer_hash, ranks=ranks)
     return notes
+
+
+def _mixes(config: PlanConfig, stages: Sequence[StagePlan]) -> tuple[MixReport, ...]:
+    """What each stage reads; nothing where the corpus is not prepared."""
+    folder = Path(config.data.prepared_dir)
+    if not (folder / FILE_NAME).is_file():
+        return ()
+    table = Corpus.open(folder, verify=False).split("train")  # `check_plan` has verified it
+    return tuple(report(table, plan.stage.mix, tokens=plan.tokens, seq_len=plan.stage.seq_len) for plan in stages)
 
 
 def _plan_stage(config: PlanConfig, stage: StageConfig) -> StagePlan:

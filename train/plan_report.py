@@ -26,6 +26,8 @@ def markdown(plan: Plan, measured: tuple[str, Sequence[StageFigures]] | None = N
         "Rows are reckoned as one document each, the most that they can cost."
     )
     parts = [head, _stages(plan), _cost(plan), _memory(plan)]
+    if plan.mixes:
+        parts.append(_documents(plan))
     if plan.crossovers:
         parts.append(_crossovers(plan))
     if measured:
@@ -114,6 +116,18 @@ def _memory_row(plan: Plan, stage: StagePlan) -> list[str]:
     parts = [states.weights, states.gradients, states.optimizer, held.activations, held.logits, held.workspace, held.gate_and_slots]
     share = stage.memory / GPUS[plan.config.gpu].memory
     return [stage.stage.name, *(_gb(part) for part in parts), _gb(stage.memory), f"{share:.0%}"]
+
+
+def _documents(plan: Plan) -> str:
+    """Shares are of a stage's training tokens, those of long documents once a stage."""
+    rows = []
+    for stage, mix in zip(plan.stages, plan.mixes, strict=True):
+        of_stage = [*(f"{share:.1%}" for share in mix.long.values()), f"{mix.padding:.1%}"]
+        for pool in mix.pools:
+            of_pool = [f"{pool.documents:,}", _short(pool.tokens), f"{pool.share:.1%}", _digits(pool.epochs)]
+            rows.append([stage.stage.name, pool.name, *of_pool, *(of_stage if pool is mix.pools[0] else [""] * len(of_stage))])
+    long = [f"of documents ≥ {low:,}" for low in plan.mixes[0].long]
+    return table(["stage", "documents", "number", "tokens", "of training tokens", "epochs", *long, "padding"], rows, texts=2)
 
 
 def _crossovers(plan: Plan) -> str:

@@ -6,7 +6,8 @@ import torch
 
 from configs.mapping import to_mapping
 from configs.schema import ConfigError, RunConfig, StageConfig
-from data.loader import Batch, build_loader, heldout_rows
+from data.loader import PADDING, Batch, build_loader, heldout_rows, require_documents
+from data.mix import MixedStream
 from data.shards import Corpus
 from model.accounting import training_flops
 from model.transformer import Transformer
@@ -44,6 +45,8 @@ class Trainer:
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             seed=self.run.seed,
+            mix=stage.mix,
+            run_mixes=[other.mix for other in self.run.stages],
             state=self._stream_state,
         )
         self._heldout: list[Batch] = []
@@ -62,15 +65,16 @@ class Trainer:
         data_wait = time.perf_counter() - started
 
         weight = self.ranks.world_size / batches[0].step_targets
-        losses = [
-            self.engine.micro_step(batch.to(self.ranks.device), weight=weight, last=batch is batches[-1]) for batch in batches
-        ]
+        losses = [self.engine.micro_step(batch.to(self.ranks.device), weight=weight, last=batch is batches[-1]) for batch in batches]
         tokens = place.tokens_before + self.stage.batch_tokens
         lr = self.stage.lr_scale * learning_rate(self.run.optim, tokens, self.run.total_tokens)
         result = self.engine.step(lr)
 
         flops = training_flops(self.run.model, self.engine.module.attention, _piece_lengths(batches))
-        loss, dense, executed = sum_over_ranks([float(sum(losses)), flops.dense_equivalent, flops.executed], self.ranks.device)
+        counts = self.loader.count(batches)
+        loss, dense, executed, *counted = sum_over_ranks(
+            [float(sum(losses)), flops.dense_equivalent, flops.executed, *counts.values()], self.ranks.device
+        )
         loss /= batches[0].step_targets
         self.done += 1
         self._stream_state = self.loader.state_dict()
@@ -94,6 +98,9 @@ class Trainer:
                 "memory_gib": memory_gib(self.ranks.device),
                 "skipped_steps": self.skipped,
                 "data_wait": data_wait / seconds,
+                "padding": counted[-1] / self.stage.batch_tokens,
+                "tokens_by": {key: int(number) for key, number in zip(counts, counted, strict=True) if key != "padding"},
+                "epochs": self.loader.epochs(),
                 "step_seconds": seconds,
             }
         )
@@ -104,7 +111,7 @@ class Trainer:
             return
         self.skipped += 1
         self.skipped_in_a_row += 1
-        mine = sorted({origin.document for batch in batches for origin in batch.documents})
+        mine = sorted({origin.document for batch in batches for origin in batch.documents} - {PADDING})
         documents = sorted({document for part in gather_objects(mine) for document in part})
         metrics.event("skipped", self.done, loss=loss, in_a_row=self.skipped_in_a_row, documents=documents)
         if self.skipped_in_a_row >= self.run.max_skipped_in_a_row:
@@ -161,6 +168,17 @@ def check_heldout(run: RunConfig, corpus: Corpus) -> None:
     if run.evaluation.rows:
         for seq_len in sorted({stage.seq_len for stage in run.stages}):
             heldout_rows(corpus, seq_len=seq_len, rows=1)
+
+
+def check_mixes(run: RunConfig, corpus: Corpus) -> None:
+    """Raises ConfigError where the corpus does not have what the mix of some stage asks for, before the run comes there."""
+    mixes, table = [stage.mix for stage in run.stages], corpus.split("train")
+    require_documents(corpus, table)
+    for index, stage in enumerate(run.stages):
+        try:
+            MixedStream(table, stage.mix, mixes, seed=run.seed, seq_len=stage.seq_len)
+        except ConfigError as error:
+            raise ConfigError(f"stages.{index}.{error}") from None
 
 
 def dry_run(run: RunConfig, engine: Engine, ranks: Ranks, first_step: int) -> None:

@@ -12,7 +12,17 @@ from configs import registry
 from configs.checks import check_run, check_vocabulary
 from configs.mapping import first_difference, from_mapping, to_mapping
 from configs.registry import CONFIG_DIR, compose
-from configs.schema import AttentionConfig, BenchmarkConfig, ConfigError, EvaluateConfig, PlanConfig, PrepareConfig, RunConfig, StageConfig
+from configs.schema import (
+    AttentionConfig,
+    BenchmarkConfig,
+    ConfigError,
+    DataBenchmarkConfig,
+    EvaluateConfig,
+    PlanConfig,
+    PrepareConfig,
+    RunConfig,
+    StageConfig,
+)
 from train.stages import place_of
 
 
@@ -77,6 +87,7 @@ def test_every_root_composes():
     assert compose(PrepareConfig, config_name="prepare_data").data.name == "bundled"
     assert compose(EvaluateConfig, config_name="evaluate", overrides=["checkpoint=x"]).checkpoint == "x"
     assert compose(BenchmarkConfig, config_name="benchmark").output_dir == "outputs/benchmark"
+    assert compose(DataBenchmarkConfig, config_name="benchmark_data").documents == 10_000_000
 
 
 @pytest.fixture
@@ -134,7 +145,7 @@ def test_stages_of_a_file_have_the_attention_of_the_run(configs):
         ("model.hiden_size=5", r"^model.hiden_size: no such key, did you mean 'model.hidden_size'\?$"),
         ("hidden_size=5", r"^hidden_size: no such key, did you mean 'model.hidden_size'\?$"),
         ("stages.0.tokns=5", r"^stages.0.tokns: no such key, did you mean 'stages.0.tokens'\?$"),
-        ("+foo=1", r"^foo: no such key; accepted: attention, rope, name, run_dir"),
+        ("+foo=1", r"^foo: no such key; accepted: attention, rope, mix, name, run_dir"),
         ("hydra/launcher=basic", r"^hydra/launcher: no such key; accepted: .*stages"),
         ("attention.rule.0=full", r"^attention.rule.0: no such key, did you mean 'attention.rule'\?$"),
         ("stages.x.tokens=5", r"^stages.x.tokens: no such key, did you mean 'stages.0.tokens'\?$"),

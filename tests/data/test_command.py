@@ -30,7 +30,7 @@ def run(*arguments, command=COMMAND, cwd=ROOT, **given):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_composes_and_asks_for_what_only_the_user_knows(name):
     assert (ROOT / "configs" / "data" / f"{name}.yaml").read_text().startswith("# ")
-    if name in ("bundled", "hub_fineweb_edu"):
+    if name in ("bundled", "hub_fineweb_edu", "hub_pg19"):
         config = compose(PrepareConfig, config_name="prepare_data", overrides=[f"data={name}"])
     else:
         with pytest.raises(ConfigError, match=r"data.sources.*path"):
@@ -88,5 +88,9 @@ def test_an_interruption_leaves_nothing_behind(tmp_path, number, model_file):
             time.sleep(0.01)
         os.killpg(process.pid, number)
         said = process.communicate(timeout=30)
-    assert (process.returncode, *said) == (128 + number, "", f"interrupted by {number.name}: nothing was kept\n")
+    assert (process.returncode, *said) == (
+        128 + number,
+        "",
+        f"interrupted by {number.name}: what was finished is kept, and the same command goes on from there\n",
+    )
     assert not list(tmp_path.iterdir())

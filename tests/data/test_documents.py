@@ -66,12 +66,29 @@ def test_bundled_sources():
     assert len(modules) > 400 and not any("from test import support" in text[:2000] for text in modules)
 
 
-def test_hub_goes_through_datasets(monkeypatch):
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A data set as `datasets` streams it, of two parquet files, in place of the hub's: `owner/set`."""
     import datasets
 
-    rows = [{"text": text} for text in TEXTS]
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, **asked: rows if asked["streaming"] else None)
-    assert read(format=SourceFormat.HUB, path="owner/set")[0] == TEXTS
+    files = [str(tmp_path / f"{i}.parquet") for i in range(2)]
+    for i, path in enumerate(files):
+        pq.write_table(pa.table({"text": [f"{text} {i} {n}" for n in range(4) for text in TEXTS]}), path, row_group_size=5)
+    plain = datasets.load_dataset
+
+    def load(path, **asked):
+        assert path == "owner/set" and asked == {"name": None, "split": "train", "streaming": True}
+        return plain("parquet", data_files=files, split="train", streaming=True)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return [f"{text} {i} {n}" for i in range(2) for n in range(4) for text in TEXTS]
+
+
+def test_hub_goes_through_datasets(hub, monkeypatch):
+    import datasets
+
+    assert read(format=SourceFormat.HUB, path="owner/set")[0] == hub
+    assert read(format=SourceFormat.HUB, path="owner/set", max_documents=7)[0] == hub[:7]
     assert "there are: text" in refused(format=SourceFormat.HUB, path="owner/set", text_field="body")
 
     def offline(path, **asked):
@@ -80,6 +97,87 @@ def test_hub_goes_through_datasets(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", offline)
     message = refused(format=SourceFormat.HUB, path="owner/set")
     assert "path=owner/set: cannot be streamed from the hub (ConnectionError: no route to the hub)" in message
+
+
+def make_source(fmt: SourceFormat, folder) -> dict:
+    """Some documents of a format, among them some that are left out."""
+    texts = [*TEXTS, "", "fourth", "fifth"]
+    folder.mkdir()
+    for part in range(2):
+        own = [f"{text} {part}" for text in texts]
+        if fmt is SourceFormat.JSONL:
+            packed(folder / f"{part}.jsonl.gz", ("\n\n".join(json.dumps({"text": text}) for text in [*own, "\ud800"]) + "\n").encode())
+        elif fmt is SourceFormat.PARQUET:
+            pq.write_table(pa.table({"text": own}), folder / f"{part}.parquet", row_group_size=4)
+        else:
+            (folder / f"{part}").mkdir()
+            for i, text in enumerate(own):
+                (folder / f"{part}" / f"{i}.txt").write_bytes(text.encode() if i != 3 else b"\xff")
+    return {"path": str(folder / "*" / "*.txt") if fmt is SourceFormat.TEXT else str(folder), "format": fmt}
+
+
+RESUMED = ["hub", SourceFormat.JSONL, SourceFormat.PARQUET, SourceFormat.TEXT, SourceFormat.FILES, SourceFormat.REPOSITORY]
+
+
+@pytest.mark.parametrize("fmt", RESUMED)
+@pytest.mark.parametrize("most", [0, 6])
+def test_a_reader_goes_on_from_any_document(tmp_path, hub, fmt, most):
+    """The place goes through JSON, as in a commit."""
+    given = {"format": SourceFormat.HUB, "path": "owner/set"} if fmt == "hub" else make_source(fmt, tmp_path / "source")
+    source = SourceConfig(name="s", max_documents=most, depth=1, max_document_bytes=40, **given)
+    whole = read_documents(source, invalid_utf8=InvalidText.SKIP, left_out=LeftOut())
+    places, documents, states = [], [], []
+    left_out = LeftOut()
+    reader = read_documents(source, invalid_utf8=InvalidText.SKIP, left_out=left_out)
+    for document in reader:
+        documents.append(document)
+        places.append(json.dumps(reader.place()))
+        states.append(json.dumps(left_out.state()))
+        done, total = reader.progress()
+        assert 0 <= done <= total
+    assert list(whole) == documents and len(documents) == (most or len(documents)) > 4
+    for number, (place, state) in enumerate(zip(places, states, strict=True)):
+        again = LeftOut()
+        again.load(json.loads(state))
+        rest = read_documents(source, invalid_utf8=InvalidText.SKIP, left_out=again, place=json.loads(place))
+        assert list(rest) == documents[number + 1 :]
+        assert again.state() == left_out.state()
+
+
+def test_a_repository_is_one_document_of_its_files_in_order(tmp_path):
+    for name in ("b/z.c", "b/Makefile", "b/sub/a.c", "a/x.py", "b.md", "b/logo.png", "b/sub/deep/e.c", "a/empty.py"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes({"b/logo.png": b"\x89PNG\xff", "a/empty.py": b""}.get(name, f"{name} text\n".encode()))
+    (tmp_path / "b" / "z.c").write_bytes(b"no line end")
+    given = {"format": SourceFormat.REPOSITORY, "path": str(tmp_path), "invalid": InvalidText.SKIP}
+    a = "==> a/empty.py <==\n\n==> a/x.py <==\na/x.py text\n\n"
+    own = "==> b/Makefile <==\nb/Makefile text\n\n==> b/z.c <==\nno line end\n\n"
+    sub = "==> b/sub/a.c <==\nb/sub/a.c text\n\n"
+    deep = "==> b/sub/deep/e.c <==\nb/sub/deep/e.c text\n\n"
+    top = "==> b.md <==\nb.md text\n\n"
+    png = f"1 invalid_utf8 ({tmp_path}/b/logo.png)"
+    assert read(**given) == ([top + a + own + sub + deep], png)
+    assert read(**given, depth=1) == ([top, a, own + sub + deep], png)
+    assert read(**given, depth=2) == ([top, a, own, sub + deep], png)
+    assert read(**given, depth=1, pattern="b/**/*.c") == (["==> b/z.c <==\nno line end\n\n" + sub + deep], "none")
+    most = max(len(own), len(sub + deep)) + 2  # a line end more may be counted for each file than it needs
+    assert read(**given, depth=1, pattern="b/**/*[!g]", max_document_bytes=most)[0] == [own, sub + deep]
+    assert read(**given, depth=2, max_document_bytes=1, pattern="b/**/*.c")[0] == ["==> b/z.c <==\nno line end\n\n", sub, deep]
+    assert "logo.png: invalid UTF-8 at byte" in refused(format=SourceFormat.REPOSITORY, path=str(tmp_path))
+    assert "no such folder" in refused(format=SourceFormat.REPOSITORY, path="/nowhere")
+
+
+def test_every_byte_of_a_text_arrives(tmp_path):
+    """Unicode to its ends, CRLF, NUL, a byte order mark, lone line ends; an empty file is an empty document."""
+    whole = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000, 7), 0x10FFFF]))
+    texts = ["", "\r\n\r\n", "a\0b\0", "\ufeffmark", "\r", "\x85\u2028\u2029\x1c", "e\u0301\u200d\u202e", whole]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_bytes(text.encode())
+    (tmp_path / "a.jsonl").write_text("\r\n".join(json.dumps({"text": text}) for text in texts) + "\r\n", newline="")
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    for fmt in (SourceFormat.TEXT, SourceFormat.JSONL, SourceFormat.PARQUET):
+        assert read(format=fmt, path=str(tmp_path)) == (texts, "none")
 
 
 def test_invalid_utf8_is_counted_or_refused_with_its_place(tmp_path):

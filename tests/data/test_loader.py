@@ -19,6 +19,7 @@ from data.stream import Position, Progress, TokenStream
 from tests.data.conftest import make_texts
 
 lengths_of = st.lists(st.integers(2, 40), min_size=1, max_size=12)
+corpora_of = lengths_of.map(lambda lengths: lengths if sum(lengths) >= 50 else [*lengths, 50])  # they fill the longest row
 groups_of = st.sampled_from([1, 20, 60, 150, 2**26])  # tokens of a group: many groups to an epoch, or one
 QUICK = settings(max_examples=60, deadline=None)
 
@@ -26,11 +27,13 @@ QUICK = settings(max_examples=60, deadline=None)
 class Table:
     """A split in memory."""
 
-    def __init__(self, name, lengths):
+    def __init__(self, name, lengths, sources=None):
         self.name, self.lengths, self.num_documents = name, np.array(lengths, np.int64), len(lengths)
+        self.num_tokens = sum(lengths)
+        self.sources, self.source_numbers = ["a", "b", "c"], np.array(sources or [0] * len(lengths), np.int64)
 
     def tokens(self, document, start=0, stop=None):
-        return np.arange(int(self.lengths[document]), dtype=np.uint16)[start:stop] + 1000 * document
+        return np.arange(int(self.lengths[document]), dtype=np.uint32)[start:stop] + 1000 * document
 
 
 class Memory(Corpus):
@@ -39,8 +42,8 @@ class Memory(Corpus):
     fingerprint = 7
     folder = "memory"
 
-    def __init__(self, lengths):
-        self._splits = {name: Table(name, lengths) for name in ("train", "heldout")}
+    def __init__(self, lengths, sources=None):
+        self._splits = {name: Table(name, lengths, sources) for name in ("train", "heldout")}
 
 
 @contextmanager
@@ -78,15 +81,22 @@ def union(lengths, world_size, seq_len, rows_per_step, micro, steps, seed=3):
     return found
 
 
+def visited(loader):
+    """Progress in the one pool of a run without a mix."""
+    (place,) = loader.progress
+    return place.visited
+
+
 def check_each_once(lengths, rows, loader):
     """`rows` and what is left of the loader's group are the stream's beginning, each token as often as there, with its true label."""
     rows = list(rows)
-    while loader.state_dict()["views"] or loader.state_dict()["epoch"] < 1:
+    while visited(loader).views or visited(loader).start.epoch < 1:
         rows += rows_of(loader.next_step())
-    state, stream = loader.state_dict(), TokenStream(np.array(lengths), seed=loader.state_dict()["seed"])
-    begun = stream.pieces([(Position(state["epoch"], 0), state["offset"])])
+    start, stream = visited(loader).start, TokenStream(np.array(lengths), seed=loader.state_dict()["seed"])
+    begun = stream.pieces([(Position(start.epoch, 0), start.offset)])
     expected = Counter(1000 * piece.document + i for piece in begun for i in range(piece.start, piece.stop))
-    expected.update({1000 * document + i: state["epoch"] for document, length in enumerate(lengths) for i in range(length)})
+    expected.update({1000 * document + i: start.epoch for document, length in enumerate(lengths) for i in range(length)})
+    assert loader.epochs()["*"] == sum(len(tokens) for tokens, _ in rows) / sum(lengths)
     assert Counter(token for tokens, _ in rows for token in tokens) == expected
     for token, label in (pair for tokens, labels in rows for pair in zip(tokens, labels, strict=True)):
         document, place = divmod(token, 1000)
@@ -95,7 +105,7 @@ def check_each_once(lengths, rows, loader):
 
 @QUICK
 @given(
-    lengths=lengths_of,
+    lengths=corpora_of,
     seq_len=st.integers(1, 50),
     micro=st.integers(1, 3),
     seed=st.integers(0, 2**63),
@@ -105,7 +115,7 @@ def check_each_once(lengths, rows, loader):
 def test_every_token_and_every_transition_once_an_epoch(lengths, seq_len, micro, seed, group, epochs):
     with groups(group):
         loader, rows = loader_of(lengths, seq_len, rows=2 * micro, micro_batch_rows=micro, seed=seed), []
-        while loader.progress.start.epoch < epochs:
+        while visited(loader).start.epoch < epochs:
             for batch in loader.next_step():
                 assert batch.tokens.shape == batch.labels.shape == batch.positions.shape == (micro, seq_len)
                 rows += rows_of([batch])
@@ -113,7 +123,7 @@ def test_every_token_and_every_transition_once_an_epoch(lengths, seq_len, micro,
 
 
 @QUICK
-@given(lengths=lengths_of, seq_len=st.integers(1, 50), micro=st.integers(1, 3), before=st.integers(1, 9))
+@given(lengths=corpora_of, seq_len=st.integers(1, 50), micro=st.integers(1, 3), before=st.integers(1, 9))
 def test_pieces_are_what_cu_seqlens_says(lengths, seq_len, micro, before):
     first = loader_of(lengths, before)  # rows after a change of length have pieces from several places
     for _ in range(4):
@@ -136,7 +146,7 @@ def test_pieces_are_what_cu_seqlens_says(lengths, seq_len, micro, before):
 
 
 @QUICK
-@given(lengths=lengths_of, seq_len=st.integers(1, 30), micro=st.integers(1, 2), steps=st.integers(1, 4), group=groups_of)
+@given(lengths=corpora_of, seq_len=st.integers(1, 30), micro=st.integers(1, 2), steps=st.integers(1, 4), group=groups_of)
 def test_rows_do_not_depend_on_the_number_of_ranks(lengths, seq_len, micro, steps, group):
     rows_per_step = 4 * micro
     with groups(group):
@@ -146,7 +156,7 @@ def test_rows_do_not_depend_on_the_number_of_ranks(lengths, seq_len, micro, step
 
 
 @QUICK
-@given(lengths=lengths_of, plan=st.lists(st.sampled_from([1, 3, 8, 8, 8, 30]), min_size=1, max_size=8), data=st.data(), group=groups_of)
+@given(lengths=corpora_of, plan=st.lists(st.sampled_from([1, 3, 8, 8, 8, 30]), min_size=1, max_size=8), data=st.data(), group=groups_of)
 def test_resume_at_any_step_is_exact(lengths, plan, data, group):
     def run(seq_lens, state):
         """Each step's rows and the state after it; as in training, a loader lives while the row length stays."""
@@ -167,7 +177,7 @@ def test_resume_at_any_step_is_exact(lengths, plan, data, group):
 
 @QUICK
 @given(
-    lengths=lengths_of,
+    lengths=corpora_of,
     changes=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 3), st.integers(1, 4), st.sampled_from([1, 2])), min_size=1, max_size=6),
     group=groups_of,
     seed=st.integers(0, 9),
@@ -201,7 +211,7 @@ def test_a_length_under_which_no_row_was_visited_leaves_no_trace():
     first = loader_of([50, 60], 8)
     first.next_step()
     state = first.state_dict()
-    assert state["views"] == [[8, 1]]
+    assert state["pools"]["*"]["views"] == [[8, 1, "concat"]]
     passing = loader_of([50, 60], 5, state=state)
     assert passing.state_dict() == state
     back = loader_of([50, 60], 8, state=passing.state_dict())
@@ -212,7 +222,7 @@ def test_a_finished_group_is_the_beginning_of_the_next():
     loader = loader_of([40, 60], 8)
     for _ in range(13):  # 104 tokens: the last row runs on into the next epoch
         loader.next_step()
-    assert loader.progress == Progress(Position(1, 4), ())
+    assert visited(loader) == Progress(Position(1, 4), ())
 
 
 def test_no_group_at_the_end_of_an_epoch_is_shorter_than_the_others():
@@ -344,6 +354,8 @@ def test_heldout_rows_mix_documents():
 
 def test_numbers_that_do_not_fit_are_refused():
     corpus = Memory([5, 6])
+    with pytest.raises(ConfigError, match="seq_len=12: the documents of the train split have 11 tokens and fill no row"):
+        build_loader(corpus, seq_len=12, rows_per_step=1, micro_batch_rows=1)
     with pytest.raises(ConfigError, match=r"rows_per_step=6: .* 2 \* 2"):
         build_loader(corpus, seq_len=4, rows_per_step=6, micro_batch_rows=2, world_size=2)
     with pytest.raises(ConfigError, match="seq_len=0"):

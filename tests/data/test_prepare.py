@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import data.prepare
+import data.workers
 from configs.schema import ConfigError, SourceConfig, SourceFormat, TokenizerConfig, TokenizerKind
 from data.loader import IGNORE, build_loader
 from data.prepare import find_prepared, prepare
@@ -74,7 +75,7 @@ def test_documents_of_a_token_or_none_are_left_out_or_trained_on_as_asked(jsonl_
 
 
 def test_output_does_not_depend_on_workers(jsonl_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(data.prepare, "_CHUNK_CHARACTERS", 5000)
+    monkeypatch.setattr(data.workers, "_CHUNK_CHARACTERS", 5000)
     tokenizer = TokenizerConfig(vocab_size=384, train_bytes=20_000)
     one, two = (jsonl_config(make_texts(60), tokenizer=tokenizer, num_workers=n, prepared_dir=str(tmp_path / f"with{n}")) for n in (1, 2))
     prepare(one)
@@ -82,15 +83,15 @@ def test_output_does_not_depend_on_workers(jsonl_config, tmp_path, monkeypatch):
     assert contents(one) == contents(two)
 
 
-def test_trained_tokenizer_sees_training_documents_alone(jsonl_config):
+def test_trained_tokenizer_sees_training_documents_alone(jsonl_config, tmp_path):
     texts = make_texts(60)
     config = jsonl_config(texts, tokenizer=TokenizerConfig(vocab_size=384))
-    sample, total = data.prepare._sample(config, lambda *report: None)
+    sample, total = data.prepare._sample(config, tmp_path, lambda *report: None)
     prepare(config)
     heldout = texts_of(Corpus.open(config.prepared_dir), "heldout")
     assert total == sum(len(text.encode()) for text in texts)
     assert not any(text.splitlines()[0] in "".join(sample) for text in heldout)
-    part, _ = data.prepare._sample(replace(config, tokenizer=TokenizerConfig(train_bytes=9000)), lambda *report: None)
+    part, _ = data.prepare._sample(replace(config, tokenizer=TokenizerConfig(train_bytes=9000)), tmp_path, lambda *report: None)
     assert set(part) < set(sample) and 9000 <= sum(len(piece.encode()) for piece in part) < 9000 + 4 * 4096
 
 
@@ -219,8 +220,8 @@ def test_workers_end_with_a_parent_that_is_killed(model_file):
         "import itertools, pathlib, sys, numpy\n"
         "from data.workers import tokenise\n"
         "if __name__ == '__main__':\n"
-        "    chunks = (([i], ['text ' * 1000]) for i in itertools.count())\n"
-        "    for i, ids in tokenise(chunks, pathlib.Path(sys.argv[1]), numpy.dtype('<u2'), 2):\n"
+        "    chunks = ((i, 'text ' * 1000) for i in itertools.count())\n"
+        "    for i, ids in tokenise(chunks, pathlib.Path(sys.argv[1]), numpy.dtype('<u2'), 2, bos_id=1, eos_id=2):\n"
         "        if i == 3: print(*[p.pid for p in __import__('multiprocessing').active_children()], flush=True)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(model_file)], stdout=subprocess.PIPE, cwd=ROOT) as parent:

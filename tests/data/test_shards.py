@@ -4,10 +4,13 @@ import json
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from configs.registry import compose
 from configs.schema import ConfigError, PrepareConfig
+from data import shards
+from data.manifest import INDEX
 from data.prepare import prepare
 from data.shards import Corpus, verify_corpus
 from tests.data.conftest import make_texts
@@ -78,6 +81,33 @@ def test_large_corpora_skip_only_the_shards_checksums(folder):
     content[-1] ^= 1
     index.write_bytes(content)
     assert "train-index.npy" in refused(folder, verify=False)
+
+
+def test_the_index_of_a_very_large_corpus_is_not_read_whole_and_what_it_cannot_mean_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(shards, "_VERIFY_BYTES", 1000)
+    path = folder / "train-index.npy"
+    index = np.load(path)
+    assert index.nbytes > 1000
+    index["offset"][3] += 10**6
+    np.save(path, index)
+    table = Corpus.open(folder).split("train")
+    assert len(table.tokens(2)) == table.lengths[2]
+    with pytest.raises(ConfigError, match=r"train-index\.npy: document 3 lies outside its shard; prepare again"):
+        table.tokens(3)
+    assert "train-index.npy" in refused(folder, verify=True)
+    size = path.stat().st_size
+    with open(path, "wb") as file:
+        np.save(file, np.zeros(3, INDEX))
+        file.truncate(size)
+    with pytest.raises(ConfigError, match=r"train-index\.npy: holds 3 records of another kind or number"):
+        Corpus.open(folder).split("train")
+
+
+def test_columns_of_the_index_are_those_of_the_file(folder, monkeypatch):
+    monkeypatch.setattr(shards, "_INDEX_BATCH", 7)
+    table = Corpus.open(folder).split("train")
+    index = np.load(folder / "train-index.npy")
+    assert table.lengths.tolist() == index["length"].tolist() and table.source_numbers.tolist() == index["source"].tolist()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "12", '"text"', "{}", "[" * 100_000, '{"checksum": 1, "format_version": 1}'])

@@ -9,6 +9,7 @@ import yaml
 from configs.layers import LayerAttention
 from configs.registry import CONFIG_DIR, compose
 from configs.schema import ConfigError, ModelConfig, ParallelConfig, PlanConfig, Precision
+from data.shards import Corpus
 from model.accounting import parameter_counts
 from tests.train.engine_bytes import LAYOUTS, MODEL, count
 from tests.train.helpers import start_ranks
@@ -208,10 +209,27 @@ def test_a_prepared_corpus_is_checked_as_training_does(corpus):
     assert "not prepared" not in " ".join(_plan("model=tiny", "stages.0.seq_len=512", prepared).notes)
     with pytest.raises(ConfigError, match=r"model.vocab_size=300: is smaller than the \d+ tokens of"):
         _plan("model=tiny", "stages.0.seq_len=512", "model.vocab_size=300", prepared)
-    with pytest.raises(ConfigError, match=r"seq_len=1048576: the held-out documents"):
+    with pytest.raises(ConfigError, match=r"seq_len=262144: the held-out documents"):
+        _plan("model.max_seq_len=262144", "stages.0.seq_len=262144", "stages.0.batch_tokens=262144", prepared)
+    with pytest.raises(ConfigError, match=r"stages.0.seq_len=1048576: the documents of the train split have"):
         _plan("model.max_seq_len=1048576", "stages.0.seq_len=1048576", "stages.0.batch_tokens=1048576", prepared)
     with pytest.raises(ConfigError, match=r"nowhere: no such checkpoint"):
         _plan("model=tiny", "stages.0.seq_len=512", prepared, "resume=nowhere")
+
+
+def test_a_plan_says_what_each_stage_reads_of_a_prepared_corpus(corpus):
+    mix = "stages.0.mix.sources=[{name: sotu, weight: 0.6}, {name: python, weight: 0.4}]"
+    plan = _plan("model=tiny", "stages.0.seq_len=512", f"data.prepared_dir={corpus}", mix)
+    table = Corpus.open(corpus).split("train")
+    (found,) = plan.mixes
+    for pool, share in zip(found.pools, (0.6, 0.4), strict=True):
+        tokens = int(table.lengths[table.source_numbers == table.sources.index(pool.name)].sum())
+        assert (pool.tokens, pool.share) == (tokens, pytest.approx(share)) and pool.epochs == pytest.approx(
+            share * plan.stages[0].tokens / tokens
+        )
+    shown = " ".join(markdown(plan).split())
+    assert "| main | sotu | " in shown and "| 60.0% |" in shown and "of documents ≥ 8,192" in shown
+    assert "documents ≥" not in markdown(_plan())
 
 
 @pytest.mark.parametrize(

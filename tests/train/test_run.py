@@ -67,7 +67,7 @@ def _unigram_entropy(corpus: Corpus) -> float:
 
 
 def test_one_document_is_learnt_by_heart(ranks, tmp_path):
-    text = "def gate(query, means):\n    return [sum(a * b for a, b in zip(query, mean)) for mean in means]\n" * 2
+    text = "def gate(query, means):\n    return [sum(a * b for a, b in zip(query, mean)) for mean in means]\n" * 3
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "one.txt").write_text(text)
     data = DataConfig(
@@ -314,8 +314,8 @@ def test_a_run_folder_that_cannot_be_made_is_named(corpus, ranks, tmp_path, plac
 
 def test_held_out_rows_of_a_later_stage_are_asked_for_at_the_start(corpus, ranks, tmp_path):
     run = make_run(corpus, tmp_path / "run")
-    longer = replace(run.stages[0], name="longer", seq_len=2**20, batch_tokens=2**20)
-    with pytest.raises(ConfigError, match=r"seq_len=1048576: the held-out documents"):
+    longer = replace(run.stages[0], name="longer", seq_len=2**18, batch_tokens=2**18)
+    with pytest.raises(ConfigError, match=r"seq_len=262144: the held-out documents"):
         train(replace(run, stages=(run.stages[0], longer)), ranks)
     assert not (tmp_path / "run").exists()
 
