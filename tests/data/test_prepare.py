@@ -113,6 +113,23 @@ def test_formats_give_one_corpus(jsonl_config, tmp_path, fmt):
     assert {**first, "manifest.json": b""} == {**second, "manifest.json": b""}
 
 
+@pytest.mark.parametrize("tokenizer", [None, TokenizerConfig(vocab_size=384)])
+def test_progress_tells_how_much_there_is(jsonl_config, tokenizer):
+    texts = make_texts(60)
+    reports = []
+    config = jsonl_config(texts, **({"tokenizer": tokenizer} if tokenizer else {}))
+    prepare(config, progress=lambda *report: reports.append(report))
+    size = sum(len(text.encode()) for text in texts)
+    for phase in ["sample", "tokenise"] if tokenizer else ["tokenise"]:
+        done, total = zip(*(report[1:] for report in reports if report[0] == phase))
+        assert list(done) == sorted(done) and done[-1] == size and len(done) == len(texts)
+        assert all(0.5 * size < each < 3 * size for each in total[30:]) and total[-1] == pytest.approx(size, rel=0.01)
+    two = replace(config.sources[0], name="capped", max_documents=5)  # of another unit: nothing is said rather than a guess
+    reports.clear()
+    prepare(replace(config, sources=(config.sources[0], two)), overwrite=True, progress=lambda *report: reports.append(report))
+    assert {report[2] for report in reports if report[0] == "sample"} <= {0}
+
+
 def test_more_documents_move_none_between_splits(jsonl_config, tmp_path):
     few = jsonl_config(make_texts(40), prepared_dir=str(tmp_path / "few"))
     prepare(few)
