@@ -1,10 +1,10 @@
 """Checkpoints that are complete or absent: written beside, checksummed, renamed; `latest` moves last.
 
-    run_dir/checkpoints/step_00000200/
-        engine/          DeepSpeed's weights and optimizer state, one file a rank
-        rng_00000.pt     torch's random state, one file a rank
-        state.json       step, stream position, counters, layout (`TrainingState`)
-        manifest.json    bytes and BLAKE2 hash of every file above
+run_dir/checkpoints/step_00000200/
+    engine/          DeepSpeed's weights and optimizer state, one file a rank
+    rng_00000.pt     torch's random state, one file a rank
+    state.json       step, stream position, counters, layout (`TrainingState`)
+    manifest.json    bytes and BLAKE2 hash of every file above
 """
 
 import hashlib

@@ -266,7 +266,9 @@ def test_the_folder_of_a_run_that_lacks_later_settings_is_still_its_own(copied, 
     train(make_run(corpus, copied), ranks)
     assert len(events(copied, "resume")) == 1
     (copied / "config.json").write_text(json.dumps(before | {"colour": "blue"}))
-    with pytest.raises(ConfigError, match=r"config.json is of another version of this program \(colour: no such key.*\); choose another folder$"):
+    with pytest.raises(
+        ConfigError, match=r"config.json is of another version of this program \(colour: no such key.*\); choose another folder$"
+    ):
         train(make_run(corpus, copied), ranks)
 
 
@@ -376,7 +378,9 @@ def _flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(("damage", "says"), [(_cut, r"has \d+ bytes instead of \d+"), (_flip, "does not match"), (Path.unlink, "is missing")])
+@pytest.mark.parametrize(
+    ("damage", "says"), [(_cut, r"has \d+ bytes instead of \d+"), (_flip, "does not match"), (Path.unlink, "is missing")]
+)
 def test_a_damaged_checkpoint_is_refused_by_name_and_auto_takes_the_one_before(copied, corpus, ranks, capfd, damage, says):
     newest = copied / "checkpoints" / CHECKPOINTS[1]
     damage(next((newest / "engine").glob("*optim_states.pt")))
@@ -420,7 +424,9 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_whole(corpus, ranks, tmp_pa
         return plain(content, file, *arguments, **options)
 
     monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(ConfigError, match=r"checkpoint of step 8 could not be written .*the disk is full; step_00000004 before it is whole"):
+    with pytest.raises(
+        ConfigError, match=r"checkpoint of step 8 could not be written .*the disk is full; step_00000004 before it is whole"
+    ):
         train(make_run(corpus, tmp_path / "run"), ranks)
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["latest", CHECKPOINTS[0]]
     checkpoint.verify(tmp_path / "run/checkpoints" / CHECKPOINTS[0])
