@@ -7,4 +7,5 @@ bash scripts/setup.sh
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 # Tests start several ranks on few cores; two spinning OpenMP teams on one core are many times slower than one thread each.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec .venv/bin/python -m pytest "$@"
+# Two processes; the tests of a file stay in one, as they share what they prepare.
+exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile "$@"

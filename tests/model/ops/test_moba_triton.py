@@ -338,8 +338,7 @@ def test_non_finite_values_stay_in_their_document(block_size, target):
         assert torch.equal(after[name][:90], value[:90]) and torch.equal(after[name][140:], value[140:]), name
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e-25])
-@pytest.mark.parametrize("num_blocks", [9, 20, 40])
+@pytest.mark.parametrize("num_blocks, value", [(9, float("inf")), (20, float("nan")), (20, float("inf")), (40, 1e-25)])
 def test_whatever_the_scores_past_blocks_alone_are_chosen(num_blocks, value, target):
     """Also where columns of a tile of the gate lie past the end: a block id of another document would read and write anywhere."""
     bounds = [0, num_blocks * 64 + 10, num_blocks * 64 + 100]
