@@ -163,7 +163,10 @@ def dk_dv_kernel(
     TILES: gl.constexpr, D: gl.constexpr, P: gl.constexpr, BK: gl.constexpr, SPLIT: gl.constexpr, KEEP_DQ: gl.constexpr,
     LISTS: gl.constexpr, LONG: gl.constexpr, INT: gl.constexpr,
 ):  # fmt: skip
-    # LONG: what a list holds past its first SPLIT entries, SPLIT at a time, into sums that the other launch adds up in order.
+    """dK and dV of one tile of BK keys, `[T, Hkv, D]`, as `backward._dk_dv_kernel`, whose arguments these are.
+
+    LONG: what a list holds past its first SPLIT entries, SPLIT at a time, into sums that the other launch adds up in order.
+    """
     tile = gl.program_id(0) % TILES
     if LONG:
         piece = gl.program_id(0) // TILES
@@ -250,7 +253,8 @@ def dq_past_kernel(
     first_head, group, num_tokens, first_token, range_tokens, num_blocks, num_lists, scale,
     B: gl.constexpr, D: gl.constexpr, P: gl.constexpr, BM: gl.constexpr, INT: gl.constexpr,
 ):  # fmt: skip
-    # BM queries of one block's list stay in shared memory while its keys and values pass by.
+    """dQ that BM queries of one block's list, which stay in shared memory, get from its keys, into their slots `[H, T, P, D]`; arguments
+    as of `backward._dq_past_kernel`."""
     pid = gl.program_id(0)
     if pid >= gl.load(ENDS + num_lists - 1):
         return
