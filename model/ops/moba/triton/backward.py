@@ -281,21 +281,9 @@ def queries_gradient(
             on_hopper = is_hopper(q.device)
             tile = tile_of("hopper_dq" if on_hopper else "dq_past", blocks.size)
             items = cut_lists(lists, tile.rows)
-            args: tuple[Any, ...] = (
-                q,
-                k,
-                v,
-                d_out,
-                lse,
-                delta,
-                dq_slots,
-                lists.entries,
-                lists.edges[0],
-                lists.edges[-1],
-                items.ends,
-                items.piece,
-            )
-            args += (blocks.start, *strides, heads.start, group, num_tokens, queries.start, len(queries), blocks.count, len(items.ends))
+            tables = (lists.entries, lists.edges[0], lists.edges[-1], items.ends, items.piece, blocks.start)
+            args: tuple[Any, ...] = (q, k, v, d_out, lse, delta, dq_slots, *tables, *strides)
+            args += (heads.start, group, num_tokens, queries.start, len(queries), blocks.count, len(items.ends))
             sizes = {"B": blocks.size, "D": head_dim, "P": num_past, "BM": tile.rows, "INT": int_type}
             if on_hopper:
                 launch(hopper.dq_past_kernel, (items.bound, 1), *args, scale, **sizes, warps=tile.warps)
