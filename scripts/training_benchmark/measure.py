@@ -56,8 +56,8 @@ class Result:
     @property
     def recompiles(self) -> int | None:
         """Recompilations in the steps that count; None where the run does not count any."""
-        counts = [0, *(line["recompiles"] for line in self.lines if "recompiles" in line)]
-        return counts[-1] - counts[self.case.run.warmup_steps] if len(counts) > 1 else None
+        counts = [line["recompiles"] for line in self.steps if "recompiles" in line]
+        return sum(counts) if counts else None
 
     def median(self, key: str) -> float:
         """Of a figure of the steps."""
