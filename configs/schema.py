@@ -976,3 +976,16 @@ class DataBenchmarkConfig:
         _at_least(self, 0, "num_workers")
         for key in ("scratch_dir", "output_dir"):
             _require(bool(getattr(self, key)), key, repr(getattr(self, key)), "must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """`scripts.report`: one page on a run or a sweep."""
+
+    folder: str = ""
+    """A run's folder, a sweep's, or any folder of runs' folders."""
+    output: str = ""
+    """The page's file; empty: report.html in the folder."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.folder), "folder", repr(self.folder), "must be given: python -m scripts.report FOLDER")
