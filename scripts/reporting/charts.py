@@ -34,19 +34,15 @@ _STYLE: Any = {
 }
 
 
-def curves(
-    lines: Mapping[str, Points], *, x: str, y: str = "", log_x: bool = False, log_y: bool = False, dots: Sequence[str] = ()
-) -> Markup:
-    """Lines of (x, y) by name, those of `dots` as marks alone. Long ones are thinned to means of neighbours, and gaps are left out."""
+def curves(lines: Mapping[str, Points], *, x: str, log_x: bool = False, log_y: bool = False, dots: Sequence[str] = ()) -> Markup:
+    """Lines of (x, y) by name, long ones thinned to means of neighbours; those of `dots` as marks alone."""
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _axes(x, y)
+        figure, axes = _axes(x)
         for number, (name, points) in enumerate(lines.items()):
-            shown = points if name in dots else thinned(points)
-            marked = name in dots or len(shown) == 1
-            style: dict[str, Any] = (
-                {} if not marked else {"linestyle": "none", "marker": _MARKERS[number % len(_MARKERS)], "markerfacecolor": "none"}
-            )
-            axes.plot(*zip(*shown), label=name, color=_SERIES[number % _NUM_SERIES], linewidth=1.5, markersize=5, **style)
+            style: dict[str, Any] = {"color": _SERIES[number % _NUM_SERIES], "linewidth": 1.5, "markersize": 5}
+            if name in dots or len(points) == 1:
+                style |= {"linestyle": "none", "marker": _MARKERS[number % len(_MARKERS)], "markerfacecolor": "none"}
+            axes.plot(*zip(*(points if name in dots else thinned(points))), label=name, **style)
         for axis, is_log in ((axes.xaxis, log_x), (axes.yaxis, log_y)):
             if is_log:
                 axis.axes.set(**{f"{axis.axis_name}scale": "log"})
@@ -61,7 +57,7 @@ def curves(
             columns = max(1, 44 // (max(map(len, lines)) + 6))
             figure.legend(loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
             figure.set_figheight(_SIZE[1] + 0.18 * math.ceil(len(lines) / columns))
-        return _svg(figure, salt=f"{x}{y}{lines}")
+        return _svg(figure, salt=f"{x}{lines}")
 
 
 def heat_map(rows: Sequence[Sequence[float] | None], *, x: str, y: str) -> Markup:
@@ -96,7 +92,7 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _axes(x: str, y: str) -> tuple[Figure, Axes]:
+def _axes(x: str, y: str = "") -> tuple[Figure, Axes]:
     figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
