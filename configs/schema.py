@@ -138,6 +138,13 @@ class DataRow(Enum):
     LOADING = "loading"
 
 
+class TrainingRow(Enum):
+    """Rows of the training benchmark: `framework` is this program, `transformers` Hugging Face's class of the same sizes, on one GPU."""
+
+    FRAMEWORK = "framework"
+    TRANSFORMERS = "transformers"
+
+
 class InvalidText(Enum):
     """What preparation does with bytes that are not UTF-8."""
 
@@ -882,6 +889,69 @@ class BenchmarkConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChangeConfig:
+    """Settings of the longer cases of a training benchmark."""
+
+    from_length: int = 1
+    """Tokens of the shortest rows that they are for."""
+    settings: tuple[str, ...] = ()
+    """Each `key=value`, of any key of the benchmark or the run."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "from_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBenchmarkConfig(RunConfig):
+    """`scripts.benchmark train`: speed and memory of training. A case is the run's first stage at another length and attention, in
+    processes of its own; it begins with random weights, and is neither evaluated nor saved. Of the stage, tokens, seq_len and batch_tokens
+    are set by the keys here."""
+
+    lengths: tuple[int, ...] = (8192, 32768, 131072)
+    """Tokens in a row."""
+    batch_tokens: int = 32768
+    """Tokens in a step over all ranks: as many rows as it holds, and at least one."""
+    attentions: tuple[str, ...] = ("full", "moba(512, 3)")
+    """Attention rules."""
+    dense_up_to: int = 131072
+    """Longest rows in tokens for full attention in all layers and for transformers, whose time grows with the square."""
+    changes: tuple[ChangeConfig, ...] = ()
+    """Settings for rows from some length on, one after the other: memory policies, fewer steps."""
+    rows: tuple[TrainingRow, ...] = tuple(TrainingRow)
+    """framework, transformers (where it is installed; with Liger's kernels where they are)."""
+    checkpointing: bool = True
+    """Gradient checkpointing of the transformers row; the framework's is under parallel."""
+    real_data: bool = False
+    """Read the corpus of data.prepared_dir. Otherwise tokens are random, and each row is one document: the most attention there can be."""
+    warmup_steps: int = 2
+    """Steps before the first that counts."""
+    steps: int = 5
+    """Steps that count."""
+    num_ranks: int = 1
+    """Ranks of the framework row, one a GPU (or gloo ranks on a CPU)."""
+    output_dir: str = "outputs/benchmark"
+    """Folder of train.md, train.csv and train.png, and of what each case left behind, in train/."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("lengths", "attentions", "rows"):
+            values = getattr(self, key)
+            shown = [value.value if isinstance(value, Enum) else value for value in values]
+            _require(len(values) > 0, key, "[]", "must hold at least one")
+            _require(len(set(values)) == len(values), key, shown, "must not hold the same twice")
+        for length in self.lengths:
+            _require(length >= 1, "lengths", length, "must be at least 1")
+        for index, rule in enumerate(self.attentions):
+            try:
+                AttentionConfig(rule=rule)
+            except ConfigError as error:
+                raise ConfigError(f"attentions.{index}: {error}") from None
+        _at_least(self, 1, "batch_tokens", "steps", "num_ranks")
+        _at_least(self, 0, "dense_up_to", "warmup_steps")
+        _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataBenchmarkConfig:
     """`scripts.benchmark data`: rates of the data pipeline on this machine's cores."""
 
@@ -906,3 +976,16 @@ class DataBenchmarkConfig:
         _at_least(self, 0, "num_workers")
         for key in ("scratch_dir", "output_dir"):
             _require(bool(getattr(self, key)), key, repr(getattr(self, key)), "must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """`scripts.report`: one page on a run or a sweep."""
+
+    folder: str = ""
+    """A run's folder, a sweep's, or any folder of runs' folders."""
+    output: str = ""
+    """The page's file; empty: report.html in the folder."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.folder), "folder", repr(self.folder), "must be given: python -m scripts.report FOLDER")

@@ -51,9 +51,7 @@ def _train(run: RunConfig, ranks: Ranks, corpus: Corpus, folder: Path, interrupt
         checkpoint.check_fits(state, run, tokenizer_hash=corpus.tokenizer_hash, ranks=ranks)
     first_step = state.step if state else 0
 
-    first = run.stages[0].attention
-    attention = first.per_layer(run.model.num_layers)
-    model = Transformer(run.model, attention, run.stages[0].rope, first.backend.value, first.workspace)
+    model = new_model(run)
     if run.init_from and not found:
         begin_from(run, model, corpus)
     else:
@@ -85,6 +83,13 @@ def _train(run: RunConfig, ranks: Ranks, corpus: Corpus, folder: Path, interrupt
                 metrics.event("checkpoint", trainer.done, path=str(path))
             if interrupted:
                 break
+
+
+def new_model(run: RunConfig) -> Transformer:
+    """The model of a run as its first stage has it, with PyTorch's default weights."""
+    first = run.stages[0]
+    attention = first.attention.per_layer(run.model.num_layers)
+    return Transformer(run.model, attention, first.rope, first.attention.backend.value, first.attention.workspace)
 
 
 def _due(step: int, every: int) -> bool:
