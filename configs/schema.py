@@ -628,9 +628,12 @@ class EvaluationConfig:
     """Steps between evaluations; 0 evaluates at the end only."""
     rows: int = 8
     """Held-out rows scored each time, always the same ones; 0 switches evaluation off."""
+    position_bucket: int = 2048
+    """Tokens in a bucket of positions, for the loss by position."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "every_steps", "rows")
+        _at_least(self, 1, "position_bucket")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,10 +23,25 @@ Advance = Callable[[int], None]
 _PASS_TOKENS = 8192
 
 
-def heldout_loss(engine: Engine, batches: Sequence[Batch], ranks: Ranks) -> float:
-    """Mean loss in nats over the held-out rows' targets, over all ranks; every rank holds equally many `batches`."""
-    total = sum(float(engine.losses(batch.to(ranks.device)).double().sum()) for batch in batches)
-    return sum_over_ranks([total], ranks.device)[0] / batches[0].step_targets
+def heldout_losses(engine: Engine, batches: Sequence[Batch], ranks: Ranks, *, bucket: int) -> tuple[float, dict[int, float]]:
+    """Mean loss in nats over the held-out rows' targets on all ranks, which hold equally many `batches` each; and by position.
+
+    A token's position is how many of its document's come before it in its row; positions [low, low + bucket) are under `low`, where
+    there are any.
+    """
+    num_buckets = -(-batches[0].tokens.shape[1] // bucket)
+    nats, targets = torch.zeros(2, num_buckets, dtype=torch.float64, device=ranks.device)
+    for batch in batches:
+        batch = batch.to(ranks.device)
+        counted = batch.labels.flatten() != IGNORE
+        number = batch.positions.flatten()[counted] // bucket
+        losses = engine.losses(batch)[counted].double()
+        nats += torch.bincount(number, losses, num_buckets)
+        targets += torch.bincount(number, minlength=num_buckets)
+    summed = sum_over_ranks([*nats.tolist(), *targets.tolist()], ranks.device)
+    pairs = list(zip(summed[:num_buckets], summed[num_buckets:], strict=True))
+    by_position = {index * bucket: loss / count for index, (loss, count) in enumerate(pairs) if count}
+    return sum(loss for loss, _ in pairs) / batches[0].step_targets, by_position
 
 
 AttentionSettings = dict[str, tuple[LayerAttention, ...]]

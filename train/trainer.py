@@ -14,7 +14,7 @@ from model.transformer import Transformer
 from train.checkpoint import TrainingState
 from train.distributed import Ranks, gather_objects, sum_over_ranks
 from train.engine import Engine
-from train.evaluate import heldout_loss
+from train.evaluate import heldout_losses
 from train.gpus import peak_flops
 from train.metrics import Metrics, memory_gib
 from train.optim import learning_rate
@@ -123,18 +123,21 @@ class Trainer:
     def _switch(self, place: Place, metrics: Metrics) -> None:
         """Enters the next stage; the loss on either side of it is of the same held-out rows, those of the stage before."""
         rows = self._heldout
-        before = heldout_loss(self.engine, rows, self.ranks) if rows else None
+        before, _ = self._losses(rows) if rows else (None, None)
         self._enter(place.stage)
-        after = heldout_loss(self.engine, rows, self.ranks) if rows else None
+        after, _ = self._losses(rows) if rows else (None, None)
         metrics.event("switch", self.done, stage=place.stage.name, loss_before=before, loss_after=after)
 
     def evaluate(self, metrics: Metrics) -> float | None:
         """Loss on the held-out rows, written as an `evaluation` event; None where evaluation is off."""
         if not self._heldout:
             return None
-        loss = heldout_loss(self.engine, self._heldout, self.ranks)
-        metrics.event("evaluation", self.done, heldout_loss=loss, context=self.stage.seq_len)
+        loss, by_position = self._losses(self._heldout)
+        metrics.event("evaluation", self.done, heldout_loss=loss, context=self.stage.seq_len, by_position=by_position)
         return loss
+
+    def _losses(self, rows: list[Batch]) -> tuple[float, dict[int, float]]:
+        return heldout_losses(self.engine, rows, self.ranks, bucket=self.run.evaluation.position_bucket)
 
     def state(self) -> TrainingState:
         """What a checkpoint after the last step keeps besides tensors."""

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +17,14 @@ import torch
 
 from configs.registry import REPOSITORY
 from configs.schema import ConfigError, DataConfig, SourceConfig, SourceFormat, TokenizerConfig
+from data.loader import IGNORE, heldout_rows
 from data.prepare import prepare
 from data.shards import Corpus
 from model.transformer import Transformer
 from tests.train.helpers import STEPS, environment, events, lines, make_run, overrides, steps
 from train import checkpoint
 from train.engine import Engine, load_weights
+from train.initial import load_into
 from train.loop import train
 from train.run_dir import own_run_dir
 from train.trainer import enter_stage
@@ -55,6 +58,25 @@ def test_loss_falls_on_real_text(corpus, ranks, tmp_path):
     heldout_loss = events(tmp_path / "run", "evaluation")[-1]["heldout_loss"]
     assert heldout_loss < 4.5
     assert heldout_loss < _unigram_entropy(Corpus.open(corpus)) - 0.5  # it has learnt more than how often each token occurs
+
+
+def test_heldout_loss_by_position_is_the_loss_of_the_tokens_there(corpus, ranks, tmp_path):
+    """Against one row at a time, whose tokens are put into their buckets one by one."""
+    run = make_run(corpus, tmp_path / "run", "evaluation.rows=5", "evaluation.position_bucket=48", "max_steps=1")
+    train(run, ranks)
+    (event,) = events(tmp_path / "run", "evaluation")
+    model = Transformer(run.model, run.stages[0].attention.per_layer(2), run.stages[0].rope)
+    load_into(model, tmp_path / "run" / "checkpoints" / "step_00000001")
+    found = defaultdict(list)
+    for batch in heldout_rows(Corpus.open(corpus), seq_len=128, rows=5):
+        with torch.no_grad():
+            losses = model(batch.tokens.flatten(), batch.positions.flatten(), batch.cu_seqlens, batch.labels.flatten()).tolist()
+        for loss, label, position in zip(losses, batch.labels.flatten().tolist(), batch.positions.flatten().tolist(), strict=True):
+            if label != IGNORE:
+                found[str(position // 48 * 48)].append(loss)
+    assert event["by_position"] == pytest.approx({low: sum(part) / len(part) for low, part in found.items()}, abs=1e-6)
+    assert list(event["by_position"]) == ["0", "48", "96"]
+    assert event["heldout_loss"] == pytest.approx(sum(map(sum, found.values())) / sum(map(len, found.values())), abs=1e-6)
 
 
 def _unigram_entropy(corpus: Corpus) -> float:
