@@ -607,6 +607,8 @@ class CheckpointConfig:
     """Newest checkpoints kept."""
     keep_every: int = 0
     """Checkpoints at multiples of this step are kept for good; 0 keeps none for good."""
+    background: bool = True
+    """Write from a copy in host memory (12 bytes a parameter over all ranks) while training goes on; false holds the run meanwhile."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "every_steps", "keep_every")

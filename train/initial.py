@@ -14,9 +14,8 @@ from data.shards import Corpus
 from data.tokenizer import copy_tokenizer, tokenizer_hashes
 from model.hf import parameter_shapes
 from model.transformer import Transformer
-from train.checkpoint import TrainingState, read_state, resolve
+from train.checkpoint import TrainingState, load_weights, read_state, resolve
 from train.distributed import gather_objects
-from train.engine import load_weights
 from train.run_dir import TOKENIZER, unwritable
 from train.weights import Shape, WeightFolder, check_shapes, fill
 
@@ -72,8 +71,7 @@ def open_source(path: str) -> Source:
 def _open_checkpoint(folder: Path) -> Source:
     state = read_state(folder)
     run = state.run()
-    names = parameter_shapes(run.model)
-    weights = {name: tensor for name, tensor in load_weights(folder, zero_stage=run.parallel.zero_stage).items() if name in names}
+    weights = load_weights(folder)
     places = (folder.parent.parent / TOKENIZER, Path(run.data.prepared_dir))
     return Source(
         folder=folder,
@@ -120,7 +118,7 @@ def load_into(model: Transformer, folder: Path) -> None:
         source = open_source(str(folder))
         fill(model, source.shapes, source.read)
     else:
-        model.load_state_dict(load_weights(folder, zero_stage=read_state(folder).run().parallel.zero_stage))
+        model.load_state_dict(load_weights(folder))
 
 
 def begin_from(run: RunConfig, model: Transformer, corpus: Corpus) -> None:

@@ -19,7 +19,6 @@ from model.ops.moba.triton.limits import HEAD_DIMS
 from model.transformer import Transformer
 from train import checkpoint
 from train.crossover import Crossover, crossover
-from train.distributed import Ranks
 from train.engine import deepspeed_config
 from train.gpus import GPUS
 from train.initial import open_initial
@@ -154,8 +153,7 @@ def check_plan(config: PlanConfig) -> list[str]:
     check_heldout(config, corpus)
     if config.resume not in ("auto", "never"):
         state = checkpoint.read_state(checkpoint.resolve(config.resume, lambda text: None))
-        ranks = Ranks(rank=0, world_size=config.num_gpus, device=torch.device("cpu"))
-        checkpoint.check_fits(state, config, tokenizer_hash=corpus.tokenizer_hash, ranks=ranks)
+        checkpoint.check_fits(state, config, tokenizer_hash=corpus.tokenizer_hash)
     return notes
 
 

@@ -1,13 +1,16 @@
 """Tiny runs on real text, in this process or on ranks of their own."""
 
+import contextlib
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +121,17 @@ def environment() -> dict[str, str]:
 
 def _path() -> str:
     return f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+@contextlib.contextmanager
+def small_disk() -> Iterator[None]:
+    """No file may grow beyond 1000 bytes: to a program the same as a disk that is full.
+
+    No fixture: pytest reports a test before its fixtures end, and its own output may be a file.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
