@@ -15,6 +15,7 @@ from train.distributed import Ranks, on_main, sum_over_ranks
 from train.engine import Engine
 from train.initial import begin_from, note_beginning
 from train.metrics import Metrics
+from train.profiling import Profiler
 from train.run_dir import CHECKPOINTS, own_run_dir, record_launch
 from train.saving import Saver
 from train.trainer import Trainer, check_heldout, check_mixes, dry_run
@@ -71,14 +72,20 @@ def _train(run: RunConfig, ranks: Ranks, corpus: Corpus, folder: Path, interrupt
     on_main(ranks, lambda: record_launch(run, folder, ranks.world_size))
     on_main(ranks, lambda: note_beginning(run, folder, corpus))
     on_main(ranks, lambda: checkpoint.set_aside(root, after=first_step))
-    with Metrics(run, folder, first_step=first_step, is_main=ranks.is_main) as metrics, Saver(root, engine, run.checkpoint, ranks) as saver:
+    with contextlib.ExitStack() as stack:
+        metrics = stack.enter_context(Metrics(run, folder, first_step=first_step, is_main=ranks.is_main))
+        saver = stack.enter_context(Saver(root, engine, run.checkpoint, ranks))
+        profiler = stack.enter_context(Profiler(run.profile, folder, ranks))
         if found:
             metrics.event("resume", first_step, checkpoint=str(found))
         elif run.init_from:
             metrics.event("init", 0, weights=run.init_from)
         end = min(run.total_steps, run.max_steps or run.total_steps)
         while trainer.done < end:
+            profiler.before(trainer.done + 1)
             trainer.step(metrics)
+            if trace := profiler.after(trainer.done):
+                metrics.event("profile", trainer.done, path=str(trace))
             interrupted, failed = _on_any_rank([interrupt.seen, saver.failed], ranks)
             if failed:
                 saver.wait()

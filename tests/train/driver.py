@@ -1,8 +1,8 @@
 """Several trainings in one launch, because importing torch and deepspeed costs more than a tiny run: driver JOBS.json.
 
-A job is {"overrides": [...], "kill_in_step": n or null} and may have "kill_in_writing": n. A killed job ends every rank's process by SIGKILL
-on rank 0: after the backward pass of that step and before its optimizer step, or when the files of that step's checkpoint are written
-and it is not yet whole.
+A job is {"overrides": [...]}, and may be killed, which ends every rank's process by SIGKILL on rank 0: with "kill_in_step": n after the
+backward pass of that step and before its optimizer step; with "kill_in_writing": n when the files of the checkpoint of step n are
+written, and it is not yet whole.
 """
 
 import json
@@ -51,7 +51,7 @@ def main() -> None:
     ranks = find_ranks(Device.CPU)
     with processes(ranks):
         for job in json.loads(Path(sys.argv[1]).read_text()):
-            if job["kill_in_step"]:
+            if job.get("kill_in_step"):
                 _kill_in_step(job["kill_in_step"], ranks.is_main)
             if job.get("kill_in_writing"):
                 _kill_in_writing(job["kill_in_writing"])

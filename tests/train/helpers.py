@@ -78,12 +78,12 @@ def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
 def launch(arguments: list[str], *, num_ranks: int, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """`module arguments...` under the deepspeed CLI on gloo ranks, one thread each."""
     launcher = [shutil.which("deepspeed", path=_path()) or "deepspeed", "--module", "--no_local_rank", "--num_gpus", str(num_ranks)]
-    return execute([*launcher, "--master_port", str(_free_port()), *arguments], timeout=timeout)
+    return execute([*launcher, "--master_port", str(free_port()), *arguments], timeout=timeout)
 
 
 def start_ranks(arguments: list[str], *, num_ranks: int, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """The same without the CLI, whose two imports of deepspeed cost more than a tiny run; when a rank fails the others are ended."""
-    shared = environment() | {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    shared = environment() | {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", *arguments]
     with tempfile.TemporaryFile("w+") as said:
         environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
@@ -102,7 +102,8 @@ def start_ranks(arguments: list[str], *, num_ranks: int, timeout: float = 240) -
         return subprocess.CompletedProcess(command, next(filter(None, codes), 0), "", said.read())
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nothing listens on yet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

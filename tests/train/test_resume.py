@@ -33,8 +33,8 @@ def _drive(jobs: list[dict], folder: Path, num_ranks: int, start=start_ranks):
     return start(["tests.train.driver", str(file)], num_ranks=num_ranks)
 
 
-def _job(corpus: Path, run_dir: Path, stage: int, kill: int | None = None) -> dict:
-    return {"overrides": overrides(corpus, run_dir, f"parallel=zero{stage}"), "kill_in_step": kill}
+def _job(corpus: Path, run_dir: Path, stage: int) -> dict:
+    return {"overrides": overrides(corpus, run_dir, f"parallel=zero{stage}")}
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +50,15 @@ def whole(corpus, tmp_path_factory) -> dict[int, Path]:
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("stage", [1, 3])
-def test_a_killed_run_goes_on_to_the_bit(whole, corpus, tmp_path, stage, num_ranks):
+@pytest.mark.parametrize(("stage", "kill"), [(1, {"kill_in_step": KILLED_IN}), (3, {"kill_in_writing": STEPS})])
+def test_a_killed_run_goes_on_to_the_bit(whole, corpus, tmp_path, stage, kill, num_ranks):
     unbroken = whole[num_ranks] / f"zero{stage}"
-    killed = _drive([_job(corpus, tmp_path / "run", stage, kill=KILLED_IN)], tmp_path, num_ranks)
+    killed = _drive([_job(corpus, tmp_path / "run", stage) | kill], tmp_path, num_ranks)
     assert killed.returncode != 0
-    assert [step for step, _, _ in steps(tmp_path / "run")] == list(range(1, KILLED_IN))
+    assert [step for step, _, _ in steps(tmp_path / "run")] == list(range(1, kill.get("kill_in_step", STEPS + 1)))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    beside = [f".partial_{STEPS:08d}"] if "kill_in_writing" in kill else []
+    assert sorted(path.name for path in checkpoints.iterdir()) == [*beside, "latest", "step_00000004"]
     resumed = _drive([_job(corpus, tmp_path / "run", stage)], tmp_path, num_ranks)
     assert resumed.returncode == 0, resumed.stderr
     assert steps(tmp_path / "run") == steps(unbroken)
@@ -63,6 +66,7 @@ def test_a_killed_run_goes_on_to_the_bit(whole, corpus, tmp_path, stage, num_ran
     assert events(tmp_path / "run", "evaluation") == events(unbroken, "evaluation")
     assert _state(tmp_path / "run")["stream"] == _state(unbroken)["stream"]
     assert [event["step"] for event in events(tmp_path / "run", "resume")] == [4]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000004", f"step_{STEPS:08d}"]
 
 
 # --- another number of ranks, another ZeRO stage ---------------------------------------------------------------------------------------
@@ -157,27 +161,17 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written(corpus, ranks, tmp_path,
         if self.done == 7:
             held_back.set()
 
-    monkeypatch.setattr(saving, "write_fragments", write)
-    monkeypatch.setattr(Trainer, "step", step)
-    train(make_run(corpus, run_dir, "checkpoint.keep_last=2"), ranks)
-    train(make_run(corpus, tmp_path / "held", "checkpoint.keep_last=2", "checkpoint.background=false"), ranks)
+    with monkeypatch.context() as patched:
+        patched.setattr(saving, "write_fragments", write)
+        patched.setattr(Trainer, "step", step)
+        train(make_run(corpus, run_dir), ranks)
+    train(make_run(corpus, tmp_path / "held", "checkpoint.background=false"), ranks)
     for number in (4, STEPS):
         one, other = (load_weights(folder / "checkpoints" / f"step_{number:08d}") for folder in (run_dir, tmp_path / "held"))
         assert all(torch.equal(one[name], other[name]) for name in one)
     saved = events(run_dir, "checkpoint")
     assert [Path(event["path"]).name for event in saved] == ["step_00000004", f"step_{STEPS:08d}"]
     assert saved[0]["held_seconds"] < saved[0]["written_seconds"]
-
-
-def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(corpus, ranks, tmp_path):
-    run_dir = tmp_path / "run"
-    job = _job(corpus, run_dir, 1) | {"kill_in_writing": STEPS}
-    assert _drive([job], tmp_path, 2).returncode != 0
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [f".partial_{STEPS:08d}", "latest", "step_00000004"]
-    assert list((run_dir / "checkpoints" / f".partial_{STEPS:08d}" / "engine").iterdir())
-    train(make_run(corpus, run_dir, "parallel=zero1"), ranks)
-    assert [event["step"] for event in events(run_dir, "resume")] == [4] and len(steps(run_dir)) == STEPS
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["latest", "step_00000004", f"step_{STEPS:08d}"]
 
 
 def _state(run_dir: Path) -> dict:
