@@ -662,7 +662,7 @@ class ProfileConfig:
 
     def __post_init__(self) -> None:
         window = self.window
-        _require(not self.steps or len(window) > 0 and window[0] > 0, "steps", self.steps, "must be FIRST..LAST, such as 10..12")
+        _require(not self.steps or (len(window) > 0 and window[0] > 0), "steps", self.steps, "must be FIRST..LAST, such as 10..12")
 
     @property
     def window(self) -> range:
@@ -738,6 +738,10 @@ class PlanConfig(RunConfig):
     """GPUs, one rank each."""
     gpu: str = "H200"
     """Kind of GPU, one of those in `train/gpus.py`."""
+    gpus_per_node: int = 8
+    """GPUs that share a node's fast links."""
+    network: float = 0.0
+    """GB/s of network of each GPU, one way; 0 takes what `train/gpus.py` has for its kind."""
     mfu: float = 0.4
     """Share of the GPUs' bf16 peak at which executed FLOPs run (`mfu_executed` in a run's figures)."""
     measure: bool = False
@@ -745,7 +749,8 @@ class PlanConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "num_gpus")
+        _at_least(self, 1, "num_gpus", "gpus_per_node")
+        _at_least(self, 0, "network")
         _require(0 < self.mfu <= 1, "mfu", self.mfu, "must lie in (0, 1]")
 
 
