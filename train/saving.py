@@ -25,7 +25,7 @@ from train.fragments import Fragment, write_fragments
 from train.run_dir import DISK_FULL, unwritable, write_atomically
 
 _PARTIAL = ".partial"
-_PATIENCE = datetime.timedelta(hours=12)  # that a rank which has written waits for one on slower storage
+_PATIENCE = datetime.timedelta(hours=2)  # that a rank which has written waits for one on slower storage
 
 
 @dataclass(frozen=True, kw_only=True)
