@@ -1,7 +1,7 @@
 """Checkpoints are written while training goes on, complete or absent.
 
-The step loop is held for a copy to host memory alone. A thread of each rank writes that copy beside; when all ranks have, rank 0 lists
-the files with their checksums, renames the folder, and moves `latest` last. What is killed before that leaves the checkpoint before it.
+The step loop is held for a copy to host memory alone. A thread of each rank writes that copy beside, with checksums; when all ranks
+have, rank 0 lists the files, renames the folder, and moves `latest` last. What is killed before that leaves the checkpoint before it.
 """
 
 import contextlib
@@ -34,9 +34,9 @@ class Saved:
 
     path: Path
     held_seconds: float
-    """That the step loop waited: for the checkpoint before it, and for the copy to host memory."""
+    """That the step loop waited: for the checkpoint before it and for the copy to host memory, or to the end without `background`."""
     written_seconds: float
-    """From then until it was whole."""
+    """From the copy until it was whole."""
 
 
 class Saver(contextlib.AbstractContextManager["Saver"]):
@@ -109,7 +109,9 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         started = time.perf_counter()
         try:
             path = self._write(beside, fragments, rng, state)
-            self._saved.append(Saved(path=path, held_seconds=held, written_seconds=time.perf_counter() - started))
+            written = time.perf_counter() - started
+            held += 0.0 if self._config.background else written
+            self._saved.append(Saved(path=path, held_seconds=held, written_seconds=written))
         except Exception as error:
             self._failure = error
 

@@ -172,6 +172,7 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written(corpus, ranks, tmp_path,
     saved = events(run_dir, "checkpoint")
     assert [Path(event["path"]).name for event in saved] == ["step_00000004", f"step_{STEPS:08d}"]
     assert saved[0]["held_seconds"] < saved[0]["written_seconds"]
+    assert all(event["held_seconds"] > event["written_seconds"] > 0 for event in events(tmp_path / "held", "checkpoint"))
 
 
 def _state(run_dir: Path) -> dict:
