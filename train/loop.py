@@ -72,10 +72,11 @@ def _train(run: RunConfig, ranks: Ranks, corpus: Corpus, folder: Path, interrupt
     on_main(ranks, lambda: record_launch(run, folder, ranks.world_size))
     on_main(ranks, lambda: note_beginning(run, folder, corpus))
     on_main(ranks, lambda: checkpoint.set_aside(root, after=first_step))
-    with contextlib.ExitStack() as stack:
-        metrics = stack.enter_context(Metrics(run, folder, first_step=first_step, is_main=ranks.is_main))
-        saver = stack.enter_context(Saver(root, engine, run.checkpoint, ranks))
-        profiler = stack.enter_context(Profiler(run.profile, folder, ranks))
+    with (
+        Metrics(run, folder, first_step=first_step, is_main=ranks.is_main) as metrics,
+        Saver(root, engine, run.checkpoint, ranks) as saver,
+        Profiler(run.profile, folder, ranks) as profiler,
+    ):
         if found:
             metrics.event("resume", first_step, checkpoint=str(found))
         elif run.init_from:
