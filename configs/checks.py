@@ -6,7 +6,8 @@ from configs.schema import ConfigError, RunConfig, StageConfig
 
 
 def check_run(run: RunConfig, *, world_size: int) -> None:
-    """Raises ConfigError where stages do not fit the model, the micro-batch or the number of ranks, or the schedule not the stages."""
+    """Raises ConfigError where stages do not fit the model, the micro-batch or the number of ranks, or schedule or profile not the
+    stages."""
     total, warmup, decay = run.total_tokens, run.optim.warmup(run.total_tokens), run.optim.decay(run.total_tokens)
     if warmup + decay > total:
         key, given = ("decay_tokens", run.optim.decay_tokens) if run.optim.decay_tokens else ("warmup_tokens", run.optim.warmup_tokens)
@@ -14,6 +15,8 @@ def check_run(run: RunConfig, *, world_size: int) -> None:
             f"optim.{key}={given}: warm-up of {warmup:.0f} and decay of {decay:.0f} tokens are more than the {total} of all stages; "
             f"set {key} to at most {max(0, int(total - (warmup if key == 'decay_tokens' else decay)))}, or lengthen a stage"
         )
+    if run.profile.steps and run.profile.window[-1] > run.total_steps:
+        raise ConfigError(f"profile.steps={run.profile.steps}: the run has {run.total_steps} steps")
     for index, stage in enumerate(run.stages):
         check_stage(run, stage, index, world_size)
 

@@ -169,6 +169,12 @@ def _fraction(owner: object, *keys: str) -> None:
         _require(0 <= value <= 1, key, value, "must lie between 0 and 1")
 
 
+def parse_bounds(text: str) -> tuple[int, int] | None:
+    """The numbers of `10..12`; None where it is something else."""
+    first, _, last = text.partition("..")
+    return (int(first), int(last)) if first.isdecimal() and last.isdecimal() else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder in the Llama family: RMSNorm, SwiGLU, RoPE, grouped-query attention."""
@@ -614,6 +620,8 @@ class CheckpointConfig:
     """Newest checkpoints kept."""
     keep_every: int = 0
     """Checkpoints at multiples of this step are kept for good; 0 keeps none for good."""
+    background: bool = True
+    """Write from a copy in host memory (12 bytes a parameter over all ranks) while training goes on; false holds the run meanwhile."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "every_steps", "keep_every")
@@ -656,6 +664,24 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """A look at single steps, by torch's profiler: a trace of each rank in run_dir/profile, and on GPUs a snapshot of its memory."""
+
+    steps: str = ""
+    """FIRST..LAST, both among them and counted from 1 as in the run's figures; empty: none."""
+
+    def __post_init__(self) -> None:
+        window = self.window
+        _require(not self.steps or (len(window) > 0 and window[0] > 0), "steps", self.steps, "must be FIRST..LAST, such as 10..12")
+
+    @property
+    def window(self) -> range:
+        """The steps."""
+        first, last = parse_bounds(self.steps) or (0, -1)
+        return range(first, last + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that decides a training run."""
 
@@ -684,6 +710,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "name", repr(self.name), "must not be empty")
@@ -721,6 +748,10 @@ class PlanConfig(RunConfig):
     """GPUs, one rank each."""
     gpu: str = "H200"
     """Kind of GPU, one of those in `train/gpus.py`."""
+    gpus_per_node: int = 8
+    """GPUs that share a node's fast links."""
+    network: float = 0.0
+    """GB/s of network of each GPU, one way; 0 takes what `train/gpus.py` has for its kind."""
     mfu: float = 0.4
     """Share of the GPUs' bf16 peak at which executed FLOPs run (`mfu_executed` in a run's figures)."""
     measure: bool = False
@@ -728,7 +759,8 @@ class PlanConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "num_gpus")
+        _at_least(self, 1, "num_gpus", "gpus_per_node")
+        _at_least(self, 0, "network")
         _require(0 < self.mfu <= 1, "mfu", self.mfu, "must lie in (0, 1]")
 
 
@@ -770,9 +802,8 @@ class InspectConfig:
         _require(bool(self.prepared_dir), "prepared_dir", repr(self.prepared_dir), "must be given: python -m scripts.inspect_data FOLDER")
         _require(self.split in ("train", "heldout"), "split", self.split, "accepted: train, heldout")
         _at_least(self, -1, "document")
-        first, dots, stop = self.tokens.partition("..")
-        whole = not self.tokens or (dots and first.isdecimal() and stop.isdecimal() and int(first) < int(stop))
-        _require(bool(whole), "tokens", self.tokens, "must be FIRST..STOP, such as 1000..1200")
+        first, stop = parse_bounds(self.tokens) or (0, 0)
+        _require(not self.tokens or first < stop, "tokens", self.tokens, "must be FIRST..STOP, such as 1000..1200")
         _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")
 
 

@@ -70,21 +70,21 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     return tensor.tolist()
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """The value of every rank, on every rank, in rank order."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """The value of every rank, on every rank, in rank order; over the default group, or one of all ranks for another thread."""
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 
-def from_main(value: Any) -> Any:
+def from_main(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     """Rank 0's value, on every rank."""
     holder = [value]
-    dist.broadcast_object_list(holder, src=0)
+    dist.broadcast_object_list(holder, src=0, group=group)
     return holder[0]
 
 
-def on_main(ranks: Ranks, work: Callable[[], T]) -> T:
+def on_main(ranks: Ranks, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Runs `work` on rank 0 alone and gives its result to all.
 
     Whatever fails there ends every rank: a ConfigError is raised on all of them, since it is the user's and one line tells it;
@@ -98,7 +98,7 @@ def on_main(ranks: Ranks, work: Callable[[], T]) -> T:
         except Exception as error:
             failure = error
     shared = failure if failure is None or isinstance(failure, ConfigError) else RuntimeError(f"rank 0 failed: {failure!r}")
-    result, told = from_main((result, shared))
+    result, told = from_main((result, shared), group)
     if told is not None:
         raise failure or told
     return result

@@ -1,4 +1,4 @@
-"""What a run will cost, before anything is allocated: steps, FLOPs, time and memory of each stage."""
+"""What a run will cost, before anything is allocated: steps, FLOPs, time, memory and communication of each stage."""
 
 import math
 from collections.abc import Sequence
@@ -19,15 +19,12 @@ from model.ops.moba.triton.limits import HEAD_DIMS
 from model.transformer import Transformer
 from train import checkpoint
 from train.crossover import Crossover, crossover
-from train.distributed import Ranks
 from train.engine import deepspeed_config
 from train.gpus import GPUS
 from train.initial import open_initial
 from train.optim import build_optimizer
+from train.traffic import GATHERED, Exchange, Traffic, exchange, traffic
 from train.trainer import check_heldout, check_mixes
-
-# ZeRO-3 keeps what it has gathered up to this many elements (`max_live_parameters` and `max_reuse_distance` of DeepSpeed 0.19).
-_GATHERED = 1_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +57,7 @@ def state_bytes(parallel: ParallelConfig, *, num_parameters: int, world_size: in
     gradients = math.ceil(4 * shard) + bucket
     if parallel.zero_stage == 2:
         return StateBytes(weights=item * whole, gradients=gradients, optimizer=optimizer)
-    gathered = item * min(whole, _GATHERED) if world_size > 1 else 0
+    gathered = item * min(whole, GATHERED) if world_size > 1 else 0
     return StateBytes(weights=math.ceil(item * shard) + gathered, gradients=gradients, optimizer=optimizer)
 
 
@@ -88,8 +85,11 @@ class StagePlan:
     flops: TrainingFlops
     """On all ranks."""
     seconds: float
+    """Of computing."""
     states: StateBytes
     held: PassBytes
+    sent: Traffic
+    exchange: Exchange
 
     @property
     def tokens(self) -> int:
@@ -154,8 +154,7 @@ def check_plan(config: PlanConfig) -> list[str]:
     check_heldout(config, corpus)
     if config.resume not in ("auto", "never"):
         state = checkpoint.read_state(checkpoint.resolve(config.resume, lambda text: None))
-        ranks = Ranks(rank=0, world_size=config.num_gpus, device=torch.device("cpu"))
-        checkpoint.check_fits(state, config, tokenizer_hash=corpus.tokenizer_hash, ranks=ranks)
+        checkpoint.check_fits(state, config, tokenizer_hash=corpus.tokenizer_hash)
     return notes
 
 
@@ -173,20 +172,25 @@ def _plan_stage(config: PlanConfig, stage: StageConfig) -> StagePlan:
     micro_batch_rows = config.micro_batch_rows(stage, config.num_gpus)
     micro_batches = stage.rows // (config.num_gpus * micro_batch_rows)
     flops = training_flops(config.model, attention, [stage.seq_len] * stage.rows)
+    seconds = flops.executed / (config.num_gpus * GPUS[config.gpu].peak_flops * config.mfu)
+    num_parameters = parameter_counts(config.model).total
+    sent = traffic(config.parallel, num_parameters=num_parameters, world_size=config.num_gpus, micro_batches=micro_batches)
     return StagePlan(
         stage=stage,
         attention=attention,
         micro_batch_rows=micro_batch_rows,
         micro_batches=micro_batches,
         flops=flops,
-        seconds=flops.executed / (config.num_gpus * GPUS[config.gpu].peak_flops * config.mfu),
+        seconds=seconds,
         states=state_bytes(
             config.parallel,
-            num_parameters=parameter_counts(config.model).total,
+            num_parameters=num_parameters,
             world_size=config.num_gpus,
             accumulates=micro_batches > 1,
         ),
         held=micro_batch_bytes(config, stage, attention, gpu=True),
+        sent=sent,
+        exchange=exchange(config, sent, computing=seconds),
     )
 
 

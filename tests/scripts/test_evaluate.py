@@ -40,7 +40,7 @@ from scripts.figures import plot_losses, plot_positions, read_metrics, short_cou
 from tests.data.conftest import make_texts, write_jsonl
 from tests.train.helpers import execute, overrides
 from train import initial
-from train.engine import load_weights
+from train.checkpoint import load_weights
 from train.evaluate import Scores, choose_documents, document_losses, windows
 
 CPU = torch.device("cpu")
