@@ -4,6 +4,7 @@ Standard library only. Each class checks itself in `__post_init__` and raises `C
 the value given and what is accepted; checks that need two objects live in `configs.checks`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -203,6 +204,13 @@ class ModelConfig:
         _require(self.key_conv in (0, 3, 5), "key_conv", self.key_conv, "accepted: 0, 3, 5")
         _require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
         _require(self.init_std > 0, "init_std", self.init_std, "must be positive")
+
+    def kv_copies(self, degree: int) -> int:
+        """How often each KV head is there among `degree` ranks that share rows, so that each has as many and needs no other's.
+
+        Copied so often, KV heads are a multiple of `degree` that divides num_heads, as both num_kv_heads and `degree` divide it.
+        """
+        return degree // math.gcd(self.num_kv_heads, degree)
 
 
 # Fields of RopeConfig that a form of scaling reads, besides theta.
@@ -726,6 +734,8 @@ class PlanConfig(RunConfig):
         super().__post_init__()
         _at_least(self, 1, "num_gpus")
         _require(0 < self.mfu <= 1, "mfu", self.mfu, "must lie in (0, 1]")
+        degree = self.parallel.sequence_parallel
+        _require(not self.measure or degree == 1, "measure", True, f"one device cannot share rows; parallel.sequence_parallel={degree}")
 
 
 @dataclass(frozen=True, kw_only=True)

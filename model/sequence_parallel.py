@@ -7,22 +7,12 @@ therefore those of whole rows, and no attention knows of it.
 Shape letters: P ranks of the group, N tokens of the packed rows, n = N / P of one rank, Hq and Hkv heads, D their width.
 """
 
-import math
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from configs.schema import ModelConfig
-
-
-def kv_copies(num_kv_heads: int, degree: int) -> int:
-    """How often each KV head is there in a group of `degree` ranks, so that all have equally many and none needs another's.
-
-    Copied so often, the heads are a multiple of both Hkv and P, as Hq is: query heads h·Hq/P to (h+1)·Hq/P read those of their rank.
-    """
-    return degree // math.gcd(num_kv_heads, degree)
 
 
 class SequenceParallel:
@@ -39,7 +29,7 @@ class SequenceParallel:
             raise ValueError(f"num_heads={config.num_heads}: must be a multiple of the {self.degree} ranks that share a row")
         self._group = group
         self._head_dim = config.head_dim
-        self._copies = kv_copies(config.num_kv_heads, self.degree)
+        self._copies = config.kv_copies(self.degree)
 
     def own_tokens(self, x: Tensor) -> Tensor:
         """This rank's stretch `[n, ...]` of `[N, ...]`. Raises ValueError where P does not divide N."""

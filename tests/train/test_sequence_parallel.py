@@ -3,11 +3,12 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.train.gradients import Case
-from tests.train.helpers import start_ranks
+from tests.train.helpers import events, lines, overrides, start_ranks
+from tests.train.shared_rows import Case
 
 # fp32 beside fp64; one rank without DeepSpeed errs as much.
 ROUNDING = 5e-6
@@ -32,10 +33,12 @@ def _heads(degree: int, zero: int) -> list[Case]:
 
 
 def _check(cases: list[Case], folder: Path, *, num_ranks: int) -> None:
+    """Gradients in all cases, the losses of a document, and the bytes that are held and sent."""
     (folder / "cases.json").write_text(json.dumps(cases))
-    done = start_ranks(["tests.train.gradients", str(folder / "cases.json"), str(folder / "errors.json")], num_ranks=num_ranks)
+    done = start_ranks(["tests.train.shared_rows", str(folder / "cases.json"), str(folder / "found.json")], num_ranks=num_ranks)
     assert done.returncode == 0, done.stderr
-    found = json.loads((folder / "errors.json").read_text())
+    shown = json.loads((folder / "found.json").read_text())
+    found = shown["errors"]
     worst = {name: max(errors[name] for errors in found if name in errors) for name in dict.fromkeys(itertools.chain(*found))}
     print(
         f"{num_ranks} ranks, {len(cases)} cases, worst relative errors:",
@@ -44,6 +47,10 @@ def _check(cases: list[Case], folder: Path, *, num_ranks: int) -> None:
     )
     for case, errors in zip(cases, found, strict=True):
         assert {name: error for name, error in errors.items() if not error < ROUNDING} == {}, case
+    assert shown["scored"] < 1e-6
+    assert shown["sent"][0] == shown["sent"][1] > 0
+    for counted, reckoned in shown["held"].values():
+        assert reckoned == pytest.approx(counted, rel=1e-3)  # copies of convolutions' weights are not reckoned
 
 
 def test_two_ranks_that_share_rows_have_the_gradients_of_one(tmp_path):
@@ -65,3 +72,47 @@ def test_every_mesh_of_four_ranks_has_the_gradients_of_one(tmp_path):
     layouts = [case for degree in (1, 2, 4) for case in _layouts(degree, ("full", "moba(8, 2)"))]
     heads = [case for degree in (2, 4) for zero in (2, 3) for case in _heads(degree, zero)]
     _check([*layouts, *heads], tmp_path, num_ranks=4)
+
+
+# --- whole runs ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory) -> Path:
+    """A folder of runs on two ranks that differ in how the ranks are laid out; `changed` changes its layout half way."""
+    folder = tmp_path_factory.mktemp("runs")
+    plans = [("data", 1, 1, 0), ("shared", 1, 2, 0), ("shared_zero3", 3, 2, 0), ("changed", 1, 2, 4), ("changed", 1, 1, 0)]
+    jobs = [
+        {
+            "overrides": overrides(
+                corpus,
+                folder / name,
+                *(f"parallel.zero_stage={zero}", f"parallel.sequence_parallel={degree}", f"max_steps={last}"),
+                *("attention.rule='last 1 full, rest moba'", "model.key_conv=3", "parallel.micro_batch_tokens=128"),
+            ),
+            "kill_in_step": None,
+        }
+        for name, zero, degree, last in plans
+    ]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    done = start_ranks(["tests.train.driver", str(folder / "jobs.json")], num_ranks=2)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", ["shared", "shared_zero3", "changed"])
+def test_a_run_does_not_depend_on_how_ranks_are_laid_out(runs, name):
+    """The same rows and losses; figures of whole rows are counted once."""
+    for ours, theirs in zip(_steps(runs / name), _steps(runs / "data"), strict=True):
+        for key in ("loss", "grad_norm"):
+            assert ours[key] == pytest.approx(theirs[key], rel=4e-3 if key == "grad_norm" else 2e-4)
+        for key in ("tokens", "tokens_by", "padding", "epochs", "lr"):
+            assert ours[key] == theirs[key]
+        flops = [line["flops_executed_per_second"] * line["step_seconds"] for line in (ours, theirs)]
+        assert flops[0] == pytest.approx(flops[1], rel=1e-9)
+    losses = [[event["heldout_loss"] for event in events(runs / each, "evaluation")] for each in (name, "data")]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-4)
+
+
+def _steps(run_dir: Path) -> list[dict[str, Any]]:
+    return [line for line in lines(run_dir) if "event" not in line]

@@ -1,8 +1,9 @@
-"""Gradients of every parameter under layouts of ranks, against one process in fp64: gradients CASES.json OUT.json, on any number of ranks.
+"""What ranks that share rows compute, against one process: shared_rows CASES.json OUT.json, on any number of ranks.
 
-An SGD step of a huge learning rate is taken through the engine, so that the weights show each gradient with any factor that is wrong.
+For gradients, an SGD step of a huge learning rate is taken through the engine: the weights then show any factor that is wrong.
 """
 
+import itertools
 import json
 import sys
 from contextlib import nullcontext
@@ -12,16 +13,23 @@ from pathlib import Path
 from typing import TypedDict
 
 import deepspeed
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import Device, ModelConfig, OptimConfig, ParallelConfig
 from data.batch import IGNORE, Batch
+from model.accounting import exchange_bytes
+from model.memory import pass_bytes
+from model.sequence_parallel import SequenceParallel
 from model.transformer import Transformer
 from tests.model.helpers import build, tiny_config
 from train import engine as train_engine
+from train.calibrate import saved_bytes
 from train.distributed import Ranks, find_ranks, run_to_end, sum_over_ranks
 from train.engine import Engine, processes
+from train.evaluate import document_losses
 
 # Pieces of rows: few end where a rank's stretch does, which is 24 or 12 tokens; one has a single token.
 ROWS = ([48], [5, 1, 30, 12], [17, 31], [24, 24], [3, 3, 42], [47, 1])
@@ -116,6 +124,50 @@ def compare(case: Case, ranks: Ranks) -> dict[str, float]:
     }
 
 
+def scored() -> float:
+    """Largest difference, in nats, of a document's losses; neither its tokens nor those of its windows divide."""
+    model, tokens = build(tiny_config(), "moba(8, 2)"), np.random.default_rng(0).integers(96, size=203)
+    alone, shared = (_losses(model, tokens, share=share) for share in (False, True))
+    return float(np.abs(alone - shared).max())
+
+
+def _losses(model: Transformer, tokens: np.ndarray, *, share: bool) -> np.ndarray:
+    model.sequence_parallel = SequenceParallel(dist.group.WORLD, model.config) if share else None
+    return document_losses(model, tokens, context=51, device=torch.device("cpu"))
+
+
+def held(ranks: Ranks) -> dict[str, list[int]]:
+    """Bytes that autograd keeps of a forward pass on this rank, and those reckoned, by rule."""
+    found = {}
+    config = tiny_config(num_kv_heads=1, key_conv=3, qk_norm=True)
+    for rule, rows in itertools.product(("full", "moba(8, 2)", "sliding(7)"), (1, 2)):
+        model = build(config, rule)
+        model.sequence_parallel = SequenceParallel(dist.group.WORLD, config)
+        bounds = torch.arange(0, 480 * rows + 1, 480, dtype=torch.int32)
+        tokens, positions = torch.zeros(480 * rows, dtype=torch.int64), torch.arange(480).repeat(rows)
+        shapes = {"rows": rows, "seq_len": 480, "itemsize": 4, "gpu": False, "triton_workspace": 0, "sequence_parallel": ranks.world_size}
+        reckoned = pass_bytes(config, model.attention, **shapes).activations
+        found[f"{rule}, {rows}"] = [saved_bytes(model, lambda: model.hidden(tokens, positions, bounds)), reckoned]  # noqa: B023
+    return found
+
+
+def sent(ranks: Ranks) -> list[int]:
+    """Bytes that this rank gives others in a forward and backward pass of one layer, and those reckoned."""
+    config, degree, plain, counted = tiny_config(num_layers=1, num_kv_heads=1), ranks.world_size, dist.all_to_all_single, 0
+
+    def count(received: torch.Tensor, given: torch.Tensor, group: dist.ProcessGroup) -> None:
+        nonlocal counted
+        counted += given.nbytes * (degree - 1) // degree
+        plain(received, given, group=group)
+
+    dist.all_to_all_single = count
+    model = build(config)
+    model.sequence_parallel = SequenceParallel(dist.group.WORLD, config)
+    model(torch.zeros(48, dtype=torch.int64), torch.arange(48), torch.tensor([0, 48], dtype=torch.int32)).sum().backward()
+    dist.all_to_all_single = plain
+    return [counted, exchange_bytes(config, tokens=48 // degree, degree=degree, itemsize=4)]
+
+
 def main() -> None:
     cases, out = map(Path, sys.argv[1:])
     ranks, plain_config = find_ranks(Device.CPU), train_engine.deepspeed_config
@@ -123,8 +175,9 @@ def main() -> None:
     train_engine.deepspeed_config = lambda *arguments: plain_config(*arguments) | {"zero_allow_untested_optimizer": True}
     with processes(ranks):
         errors = [compare(case, ranks) for case in json.loads(cases.read_text())]
+        found = {"errors": errors, "scored": scored(), "held": held(ranks), "sent": sent(ranks)}
         if ranks.is_main:
-            out.write_text(json.dumps(errors))
+            out.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
