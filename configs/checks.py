@@ -10,7 +10,7 @@ def check_run(run: RunConfig, *, world_size: int) -> None:
     degree, num_heads = run.parallel.sequence_parallel, run.model.num_heads
     for number, what in ((world_size, f"the {world_size} ranks"), (num_heads, f"the {num_heads} query heads of model.num_heads")):
         if number % degree:
-            raise ConfigError(f"parallel.sequence_parallel={degree}: does not divide {what}; accepted: {_divisors(number)}")
+            raise ConfigError(f"parallel.sequence_parallel={degree}: does not divide {what}; accepted: {divisors(number)}")
     total, warmup, decay = run.total_tokens, run.optim.warmup(run.total_tokens), run.optim.decay(run.total_tokens)
     if warmup + decay > total:
         key, given = ("decay_tokens", run.optim.decay_tokens) if run.optim.decay_tokens else ("warmup_tokens", run.optim.warmup_tokens)
@@ -59,7 +59,8 @@ def check_stage(run: RunConfig, stage: StageConfig, index: int, world_size: int)
         )
 
 
-def _divisors(number: int) -> str:
+def divisors(number: int) -> str:
+    """All divisors of a number, as a message lists what is accepted."""
     return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
 
 

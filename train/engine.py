@@ -20,9 +20,8 @@ import torch.distributed as dist
 
 from configs.schema import ConfigError, OptimConfig, ParallelConfig, Precision
 from data.loader import Batch
-from model.sequence_parallel import SequenceParallel
 from model.transformer import Transformer
-from train.distributed import Ranks
+from train.distributed import Ranks, share_rows
 from train.optim import build_optimizer
 
 _TAG = "engine"
@@ -105,9 +104,7 @@ class Engine:
         self._ranks = ranks
         self._stage = parallel.zero_stage
         self._clip_norm = optim.clip_norm
-        if parallel.sequence_parallel > 1:
-            group, _ = dist.new_subgroups(parallel.sequence_parallel)
-            model.sequence_parallel = SequenceParallel(group, model.config)
+        share_rows(model, parallel.sequence_parallel)
         self._engine, self._optimizer, _, _ = _deepspeed(ranks.device).initialize(
             model=model,
             optimizer=build_optimizer(model, optim),

@@ -22,12 +22,11 @@ from configs.schema import Device, ModelConfig, OptimConfig, ParallelConfig
 from data.batch import IGNORE, Batch
 from model.accounting import exchange_bytes
 from model.memory import pass_bytes
-from model.sequence_parallel import SequenceParallel
 from model.transformer import Transformer
 from tests.model.helpers import build, tiny_config
 from train import engine as train_engine
 from train.calibrate import saved_bytes
-from train.distributed import Ranks, find_ranks, run_to_end, sum_over_ranks
+from train.distributed import Ranks, find_ranks, run_to_end, share_rows, sum_over_ranks
 from train.engine import Engine, processes
 from train.evaluate import document_losses
 
@@ -124,16 +123,12 @@ def compare(case: Case, ranks: Ranks) -> dict[str, float]:
     }
 
 
-def scored() -> float:
+def scored(ranks: Ranks) -> float:
     """Largest difference, in nats, of a document's losses; neither its tokens nor those of its windows divide."""
     model, tokens = build(tiny_config(), "moba(8, 2)"), np.random.default_rng(0).integers(96, size=203)
-    alone, shared = (_losses(model, tokens, share=share) for share in (False, True))
-    return float(np.abs(alone - shared).max())
-
-
-def _losses(model: Transformer, tokens: np.ndarray, *, share: bool) -> np.ndarray:
-    model.sequence_parallel = SequenceParallel(dist.group.WORLD, model.config) if share else None
-    return document_losses(model, tokens, context=51, device=torch.device("cpu"))
+    alone = document_losses(model, tokens, context=51, device=ranks.device)
+    share_rows(model, ranks.world_size)
+    return float(np.abs(document_losses(model, tokens, context=51, device=ranks.device) - alone).max())
 
 
 def held(ranks: Ranks) -> dict[str, list[int]]:
@@ -142,10 +137,10 @@ def held(ranks: Ranks) -> dict[str, list[int]]:
     config = tiny_config(num_kv_heads=1, key_conv=3, qk_norm=True)
     for rule, rows in itertools.product(("full", "moba(8, 2)", "sliding(7)"), (1, 2)):
         model = build(config, rule)
-        model.sequence_parallel = SequenceParallel(dist.group.WORLD, config)
-        bounds = torch.arange(0, 480 * rows + 1, 480, dtype=torch.int32)
-        tokens, positions = torch.zeros(480 * rows, dtype=torch.int64), torch.arange(480).repeat(rows)
-        shapes = {"rows": rows, "seq_len": 480, "itemsize": 4, "gpu": False, "triton_workspace": 0, "sequence_parallel": ranks.world_size}
+        share_rows(model, ranks.world_size)
+        bounds = torch.arange(0, 960 * rows + 1, 960, dtype=torch.int32)
+        tokens, positions = torch.zeros(960 * rows, dtype=torch.int64), torch.arange(960).repeat(rows)
+        shapes = {"rows": rows, "seq_len": 960, "itemsize": 4, "gpu": False, "triton_workspace": 0, "sequence_parallel": ranks.world_size}
         reckoned = pass_bytes(config, model.attention, **shapes).activations
         found[f"{rule}, {rows}"] = [saved_bytes(model, lambda: model.hidden(tokens, positions, bounds)), reckoned]  # noqa: B023
     return found
@@ -162,7 +157,7 @@ def sent(ranks: Ranks) -> list[int]:
 
     dist.all_to_all_single = count
     model = build(config)
-    model.sequence_parallel = SequenceParallel(dist.group.WORLD, config)
+    share_rows(model, degree)
     model(torch.zeros(48, dtype=torch.int64), torch.arange(48), torch.tensor([0, 48], dtype=torch.int32)).sum().backward()
     dist.all_to_all_single = plain
     return [counted, exchange_bytes(config, tokens=48 // degree, degree=degree, itemsize=4)]
@@ -175,7 +170,7 @@ def main() -> None:
     train_engine.deepspeed_config = lambda *arguments: plain_config(*arguments) | {"zero_allow_untested_optimizer": True}
     with processes(ranks):
         errors = [compare(case, ranks) for case in json.loads(cases.read_text())]
-        found = {"errors": errors, "scored": scored(), "held": held(ranks), "sent": sent(ranks)}
+        found = {"errors": errors, "scored": scored(ranks), "held": held(ranks), "sent": sent(ranks)}
         if ranks.is_main:
             out.write_text(json.dumps(found))
 
