@@ -1,4 +1,4 @@
-"""Ranks: who we are among the processes of a launch, and the few collectives the trainer needs (torch.distributed only)."""
+"""Ranks: who we are among the processes of a launch, who shares rows, and the few collectives that the trainer needs."""
 
 import atexit
 import contextlib

@@ -6,13 +6,12 @@ For gradients, an SGD step of a huge learning rate is taken through the engine: 
 import itertools
 import json
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
-import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -104,9 +103,14 @@ def found(case: Case, model: Transformer, micro_batches: list[Batch], ranks: Ran
         losses.append(engine.micro_step(batch, weight=ranks.world_size / batch.step_targets, last=batch is mine[-1]))
     engine.step(LR)
     (loss,) = sum_over_ranks([float(sum(losses)) / mine[0].step_targets], ranks.device)
-    gathered = deepspeed.zero.GatheredParameters(list(model.parameters())) if case["zero"] == 3 else nullcontext()
-    with gathered:
+    with _gathered(model) if case["zero"] == 3 else nullcontext():
         return loss, {name: (before[name] - parameter.detach().double()) / LR for name, parameter in model.named_parameters()}
+
+
+def _gathered(model: Transformer) -> AbstractContextManager:
+    import deepspeed  # it decides for a device as it is imported, and tests import this file
+
+    return deepspeed.zero.GatheredParameters(list(model.parameters()))
 
 
 def compare(case: Case, ranks: Ranks) -> dict[str, float]:

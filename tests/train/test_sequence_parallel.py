@@ -81,19 +81,17 @@ def test_every_mesh_of_four_ranks_has_the_gradients_of_one(tmp_path):
 def runs(corpus, tmp_path_factory) -> Path:
     """A folder of runs on two ranks that differ in how the ranks are laid out; `changed` changes its layout half way."""
     folder = tmp_path_factory.mktemp("runs")
-    plans = [("data", 1, 1, 0), ("shared", 1, 2, 0), ("shared_zero3", 3, 2, 0), ("changed", 1, 2, 4), ("changed", 1, 1, 0)]
-    jobs = [
-        {
-            "overrides": overrides(
-                corpus,
-                folder / name,
-                *(f"parallel.zero_stage={zero}", f"parallel.sequence_parallel={degree}", f"max_steps={last}"),
-                *("attention.rule='last 1 full, rest moba'", "model.key_conv=3", "parallel.micro_batch_tokens=128"),
-            ),
-            "kill_in_step": None,
-        }
-        for name, zero, degree, last in plans
+    model = ("attention.rule='last 1 full, rest moba'", "model.key_conv=3", "parallel.micro_batch_tokens=128")
+    shared = "parallel.sequence_parallel=2"
+    plans = [
+        ("data", []),
+        ("shared", [shared]),
+        ("shared_zero3", [shared, "parallel=zero3"]),
+        ("shared_bf16", [shared, "parallel.precision=bf16"]),
+        ("changed", [shared, "max_steps=4"]),
+        ("changed", []),
     ]
+    jobs = [{"overrides": overrides(corpus, folder / name, *model, *more), "kill_in_step": None} for name, more in plans]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     done = start_ranks(["tests.train.driver", str(folder / "jobs.json")], num_ranks=2)
     assert done.returncode == 0, done.stderr
@@ -112,6 +110,11 @@ def test_a_run_does_not_depend_on_how_ranks_are_laid_out(runs, name):
         assert flops[0] == pytest.approx(flops[1], rel=1e-9)
     losses = [[event["heldout_loss"] for event in events(runs / each, "evaluation")] for each in (name, "data")]
     assert losses[0] == pytest.approx(losses[1], rel=2e-4)
+
+
+def test_bf16_follows_fp32(runs):
+    for ours, theirs in zip(_steps(runs / "shared_bf16"), _steps(runs / "data"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=5e-3) and ours["loss"] != theirs["loss"]
 
 
 def _steps(run_dir: Path) -> list[dict[str, Any]]:
