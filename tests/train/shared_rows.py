@@ -1,6 +1,7 @@
 """What ranks that share rows compute, against one process: shared_rows CASES.json OUT.json, on any number of ranks.
 
-For gradients, an SGD step of a huge learning rate is taken through the engine: the weights then show any factor that is wrong.
+For gradients, an SGD step of a huge learning rate is taken through the engine: the weights then show any factor that is wrong. Started
+by hand where there are GPUs, it computes there, in fp32.
 """
 
 import itertools
@@ -100,11 +101,11 @@ def found(case: Case, model: Transformer, micro_batches: list[Batch], ranks: Ran
     engine = Engine(model, parallel=parallel, optim=OptimConfig(clip_norm=0.0), ranks=ranks)
     mine, losses = micro_batches[ranks.rank // case["degree"] :: parallel.data_parallel(ranks.world_size)], []
     for batch in mine:
-        losses.append(engine.micro_step(batch, weight=ranks.world_size / batch.step_targets, last=batch is mine[-1]))
+        losses.append(engine.micro_step(batch.to(ranks.device), weight=ranks.world_size / batch.step_targets, last=batch is mine[-1]))
     engine.step(LR)
     (loss,) = sum_over_ranks([float(sum(losses)) / mine[0].step_targets], ranks.device)
     with _gathered(model) if case["zero"] == 3 else nullcontext():
-        return loss, {name: (before[name] - parameter.detach().double()) / LR for name, parameter in model.named_parameters()}
+        return loss, {name: (before[name] - parameter.detach().cpu().double()) / LR for name, parameter in model.named_parameters()}
 
 
 def _gathered(model: Transformer) -> AbstractContextManager:
@@ -129,7 +130,7 @@ def compare(case: Case, ranks: Ranks) -> dict[str, float]:
 
 def scored(ranks: Ranks) -> float:
     """Largest difference, in nats, of a document's losses; neither its tokens nor those of its windows divide."""
-    model, tokens = build(tiny_config(), "moba(8, 2)"), np.random.default_rng(0).integers(96, size=203)
+    model, tokens = build(tiny_config(), "moba(8, 2)").to(ranks.device), np.random.default_rng(0).integers(96, size=203)
     alone = document_losses(model, tokens, context=51, device=ranks.device)
     share_rows(model, ranks.world_size)
     return float(np.abs(document_losses(model, tokens, context=51, device=ranks.device) - alone).max())
@@ -140,11 +141,13 @@ def held(ranks: Ranks) -> dict[str, list[int]]:
     found = {}
     config = tiny_config(num_kv_heads=1, key_conv=3, qk_norm=True)
     for rule, rows in itertools.product(("full", "moba(8, 2)", "sliding(7)"), (1, 2)):
-        model = build(config, rule)
+        model = build(config, rule).to(ranks.device)
         share_rows(model, ranks.world_size)
         bounds = torch.arange(0, 960 * rows + 1, 960, dtype=torch.int32)
-        tokens, positions = torch.zeros(960 * rows, dtype=torch.int64), torch.arange(960).repeat(rows)
-        shapes = {"rows": rows, "seq_len": 960, "itemsize": 4, "gpu": False, "triton_workspace": 0, "sequence_parallel": ranks.world_size}
+        positions = torch.arange(960, device=ranks.device).repeat(rows)
+        tokens = torch.zeros_like(positions)
+        shapes = {"rows": rows, "seq_len": 960, "itemsize": 4, "triton_workspace": 0, "sequence_parallel": ranks.world_size}
+        shapes["gpu"] = ranks.device.type == "cuda"
         reckoned = pass_bytes(config, model.attention, **shapes).activations
         found[f"{rule}, {rows}"] = [saved_bytes(model, lambda: model.hidden(tokens, positions, bounds)), reckoned]  # noqa: B023
     return found
@@ -160,16 +163,16 @@ def sent(ranks: Ranks) -> list[int]:
         plain(received, given, group=group)
 
     dist.all_to_all_single = count
-    model = build(config)
+    model, positions = build(config).to(ranks.device), torch.arange(48, device=ranks.device)
     share_rows(model, degree)
-    model(torch.zeros(48, dtype=torch.int64), torch.arange(48), torch.tensor([0, 48], dtype=torch.int32)).sum().backward()
+    model(torch.zeros_like(positions), positions, torch.tensor([0, 48], dtype=torch.int32)).sum().backward()
     dist.all_to_all_single = plain
     return [counted, exchange_bytes(config, tokens=48 // degree, degree=degree, itemsize=4)]
 
 
 def main() -> None:
     cases, out = map(Path, sys.argv[1:])
-    ranks, plain_config = find_ranks(Device.CPU), train_engine.deepspeed_config
+    ranks, plain_config = find_ranks(Device.AUTO), train_engine.deepspeed_config
     train_engine.build_optimizer = lambda model, optim: torch.optim.SGD(model.parameters(), lr=LR)
     train_engine.deepspeed_config = lambda *arguments: plain_config(*arguments) | {"zero_allow_untested_optimizer": True}
     with processes(ranks):
