@@ -8,6 +8,10 @@ from configs.schema import ConfigError, RunConfig, StageConfig
 def check_run(run: RunConfig, *, world_size: int) -> None:
     """Raises ConfigError where stages do not fit the model, the micro-batch or the number of ranks, or schedule or profile not the
     stages."""
+    degree, num_heads = run.parallel.sequence_parallel, run.model.num_heads
+    for number, what in ((world_size, f"the {world_size} ranks"), (num_heads, f"the {num_heads} query heads of model.num_heads")):
+        if number % degree:
+            raise ConfigError(f"parallel.sequence_parallel={degree}: does not divide {what}; accepted: {divisors(number)}")
     total, warmup, decay = run.total_tokens, run.optim.warmup(run.total_tokens), run.optim.decay(run.total_tokens)
     if warmup + decay > total:
         key, given = ("decay_tokens", run.optim.decay_tokens) if run.optim.decay_tokens else ("warmup_tokens", run.optim.warmup_tokens)
@@ -40,14 +44,27 @@ def check_stage(run: RunConfig, stage: StageConfig, index: int, world_size: int)
             f"{key}.seq_len={stage.seq_len}: is beyond the positions RoPE is set up for, model.max_seq_len={max_seq_len}{scaled}; "
             f"shorten the rows, set {key}.rope.scaling and a factor of {factor}, or raise max_seq_len"
         )
-    micro_batch_rows = run.micro_batch_rows(stage, world_size)
-    together = world_size * micro_batch_rows
+    degree = run.parallel.sequence_parallel
+    if stage.seq_len % degree:
+        near = max(1, round(stage.seq_len / degree)) * degree
+        raise ConfigError(
+            f"{key}.seq_len={stage.seq_len}: is not a multiple of parallel.sequence_parallel={degree}, the ranks that share a row; "
+            f"{near} is the nearest"
+        )
+    groups, micro_batch_rows = run.parallel.data_parallel(world_size), run.micro_batch_rows(stage, world_size)
+    together = groups * micro_batch_rows
     if stage.rows % together != 0:
         near = max(1, round(stage.rows / together)) * together * stage.seq_len
+        sharing = f"{groups} groups of {degree} ranks" if degree > 1 else f"{world_size} ranks"
         raise ConfigError(
-            f"{key}.batch_tokens={stage.batch_tokens}: is {stage.rows} rows of {stage.seq_len}, which {world_size} ranks × "
+            f"{key}.batch_tokens={stage.batch_tokens}: is {stage.rows} rows of {stage.seq_len}, which {sharing} × "
             f"parallel.micro_batch_rows={micro_batch_rows} = {together} does not divide; {near} is the nearest that it does"
         )
+
+
+def divisors(number: int) -> str:
+    """All divisors of a number, as a message lists what is accepted."""
+    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
 
 
 def check_vocabulary(run: RunConfig, *, corpus: str, vocab_size: int) -> None:

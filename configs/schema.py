@@ -4,6 +4,7 @@ Standard library only. Each class checks itself in `__post_init__` and raises `C
 the value given and what is accepted; checks that need two objects live in `configs.checks`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -216,6 +217,13 @@ class ModelConfig:
         _require(self.key_conv in (0, 3, 5), "key_conv", self.key_conv, "accepted: 0, 3, 5")
         _require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
         _require(self.init_std > 0, "init_std", self.init_std, "must be positive")
+
+    def kv_copies(self, degree: int) -> int:
+        """How often each KV head is there among `degree` ranks that share rows, so that each has as many and needs no other's.
+
+        Copied so often, KV heads are a multiple of `degree` that divides num_heads, as both num_kv_heads and `degree` divide it.
+        """
+        return degree // math.gcd(self.num_kv_heads, degree)
 
 
 # Fields of RopeConfig that a form of scaling reads, besides theta.
@@ -592,22 +600,28 @@ class ParallelConfig:
 
     zero_stage: int = 1
     """DeepSpeed ZeRO stage: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters sharded."""
+    sequence_parallel: int = 1
+    """Ranks that share rows, each with a stretch of their tokens (Ulysses); divides the ranks, the query heads and every row length."""
     micro_batch_rows: int = 1
-    """Rows in one forward pass on one rank, unless micro_batch_tokens is given."""
+    """Rows in one forward pass on one rank, or on the ranks that share them, unless micro_batch_tokens is given."""
     micro_batch_tokens: int = 0
-    """Tokens in one forward pass on one rank, at most, but a row at least: each stage takes as many of its rows as fit and divide the
-    rank's share of a step; 0 leaves it to micro_batch_rows."""
+    """Tokens in one forward pass on one rank, at most, but a row (or the rank's stretch of it) at least: each stage takes as many of its
+    rows as fit and divide the rank's share of a step; 0 leaves it to micro_batch_rows."""
     precision: Precision = Precision.FP32
     """fp32 or bf16."""
 
     def __post_init__(self) -> None:
         _require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "accepted: 0, 1, 2, 3")
-        _at_least(self, 1, "micro_batch_rows")
+        _at_least(self, 1, "sequence_parallel", "micro_batch_rows")
         _at_least(self, 0, "micro_batch_tokens")
         one_of = self.micro_batch_rows == 1 or not self.micro_batch_tokens
         _require(one_of, "micro_batch_tokens", self.micro_batch_tokens, f"leave it out, or micro_batch_rows={self.micro_batch_rows}")
         # DeepSpeed 0.19's bf16 path without ZeRO starts Adam's step counter one too high: first updates about 0.73 of what they should be.
         _require(not (self.zero_stage == 0 and self.precision is Precision.BF16), "zero_stage", 0, "bf16 needs ZeRO 1, 2 or 3")
+
+    def data_parallel(self, world_size: int) -> int:
+        """Groups of ranks that read rows of their own: consecutive ranks are a group."""
+        return world_size // self.sequence_parallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -732,11 +746,11 @@ class RunConfig:
         return sum(stage.steps * stage.batch_tokens for stage in self.stages)
 
     def micro_batch_rows(self, stage: StageConfig, world_size: int) -> int:
-        """Rows in one forward pass of a rank in this stage."""
+        """Rows in one forward pass of a rank, or of the ranks that share them, in this stage."""
         if not self.parallel.micro_batch_tokens:
             return self.parallel.micro_batch_rows
-        share = max(1, stage.rows // world_size)
-        most = max(1, self.parallel.micro_batch_tokens // stage.seq_len)
+        share = max(1, stage.rows // self.parallel.data_parallel(world_size))
+        most = max(1, self.parallel.micro_batch_tokens * self.parallel.sequence_parallel // stage.seq_len)
         return max(rows for rows in range(1, min(most, share) + 1) if share % rows == 0)
 
 
@@ -762,6 +776,8 @@ class PlanConfig(RunConfig):
         _at_least(self, 1, "num_gpus", "gpus_per_node")
         _at_least(self, 0, "network")
         _require(0 < self.mfu <= 1, "mfu", self.mfu, "must lie in (0, 1]")
+        degree = self.parallel.sequence_parallel
+        _require(not self.measure or degree == 1, "measure", True, f"one device cannot share rows; parallel.sequence_parallel={degree}")
 
 
 @dataclass(frozen=True, kw_only=True)

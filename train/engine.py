@@ -19,7 +19,7 @@ import torch.distributed as dist
 from configs.schema import ConfigError, OptimConfig, ParallelConfig, Precision
 from data.loader import Batch
 from model.transformer import Transformer
-from train.distributed import Ranks
+from train.distributed import Ranks, share_rows
 from train.fragments import Fragment, FragmentFolder
 from train.optim import build_optimizer
 from train.sharding import fragments, load_fragments
@@ -92,13 +92,18 @@ class StepResult:
 
 
 class Engine:
-    """A model and its optimizer under DeepSpeed: micro-steps, one optimizer step, its state."""
+    """A model and its optimizer under DeepSpeed: micro-steps, one optimizer step, its state.
+
+    DeepSpeed is not told of sequence parallelism: to it all ranks are data-parallel ones, over which it averages gradients and shards
+    states at every ZeRO stage alike. Told of a sequence group, it would sum over it at stages 0 to 2 and average at stage 3.
+    """
 
     def __init__(self, model: Transformer, *, parallel: ParallelConfig, optim: OptimConfig, ranks: Ranks) -> None:
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self._ranks = ranks
         self._stage = parallel.zero_stage
         self._clip_norm = optim.clip_norm
+        share_rows(model, parallel.sequence_parallel)
         self._engine, self._optimizer, _, _ = _deepspeed(ranks.device).initialize(
             model=model,
             optimizer=build_optimizer(model, optim),
@@ -113,7 +118,7 @@ class Engine:
 
     def micro_step(self, batch: Batch, *, weight: float, last: bool) -> torch.Tensor:
         """Forward and backward of `weight` × the summed loss of one micro-batch; returns the summed loss,
-        fp32 on the device, so that nothing waits for it here.
+        fp32 on the device, so that nothing waits for it here. Ranks that share rows give the same batch; the loss is of their own tokens.
 
         `last` marks the micro-batch before the optimizer step. DeepSpeed averages gradients over ranks and never over
         accumulation here, so `weight = world_size / targets of the whole step` gives the mean over all its targets.
@@ -126,7 +131,7 @@ class Engine:
 
     @torch.no_grad()
     def losses(self, batch: Batch) -> torch.Tensor:
-        """Per-token losses [rows * seq_len], fp32, without a backward pass."""
+        """Losses of this rank's tokens [rows * seq_len / sequence_parallel], fp32, without a backward pass."""
         return self._engine(batch.tokens.flatten(), batch.positions.flatten(), batch.cu_seqlens, batch.labels.flatten())
 
     def step(self, lr: float) -> StepResult:

@@ -13,7 +13,7 @@ from configs.schema import AttentionBackend, ConfigError, ParallelConfig, PlanCo
 from data.manifest import FILE_NAME
 from data.mix import MixReport, report
 from data.shards import Corpus
-from model.accounting import TrainingFlops, parameter_counts, training_flops
+from model.accounting import TrainingFlops, exchange_bytes, parameter_counts, training_flops
 from model.memory import PassBytes, effective, pass_bytes, reach
 from model.ops.moba.triton.limits import HEAD_DIMS
 from model.transformer import Transformer
@@ -79,7 +79,7 @@ class StagePlan:
     stage: StageConfig
     attention: tuple[LayerAttention, ...]
     micro_batch_rows: int
-    """Rows in one forward pass of a rank."""
+    """Rows in one forward pass of a rank, or of the ranks that share them."""
     micro_batches: int
     """Forward passes of a rank in a step."""
     flops: TrainingFlops
@@ -170,7 +170,7 @@ def _mixes(config: PlanConfig, stages: Sequence[StagePlan]) -> tuple[MixReport, 
 def _plan_stage(config: PlanConfig, stage: StageConfig) -> StagePlan:
     attention = stage.attention.per_layer(config.model.num_layers)
     micro_batch_rows = config.micro_batch_rows(stage, config.num_gpus)
-    micro_batches = stage.rows // (config.num_gpus * micro_batch_rows)
+    micro_batches = stage.rows // (config.parallel.data_parallel(config.num_gpus) * micro_batch_rows)
     flops = training_flops(config.model, attention, [stage.seq_len] * stage.rows)
     seconds = flops.executed / (config.num_gpus * GPUS[config.gpu].peak_flops * config.mfu)
     num_parameters = parameter_counts(config.model).total
@@ -204,6 +204,7 @@ def micro_batch_bytes(config: PlanConfig, stage: StageConfig, attention: Sequenc
         itemsize=itemsize(config.parallel),
         gpu=gpu,
         triton_workspace=stage.attention.workspace if gpu and _triton_serves(config, stage, attention) else 0,
+        sequence_parallel=config.parallel.sequence_parallel,
     )
 
 
@@ -223,6 +224,14 @@ def _stage_notes(config: PlanConfig, plan: StagePlan, index: int) -> list[str]:
                 f"{plan.stage.seq_len} have no more: it is full attention there, and computed as such; longer rows or smaller numbers "
                 "make it sparse"
             )
+    if (degree := config.parallel.sequence_parallel) > 1:
+        tokens = plan.micro_batch_rows * plan.stage.seq_len // degree
+        sent = exchange_bytes(config.model, tokens=tokens, degree=degree, itemsize=itemsize(config.parallel))
+        step = sent * config.model.num_layers * plan.micro_batches
+        notes.append(
+            f"stages.{index}: {degree} ranks share a row; each sends the others {sent / 1e6:,.0f} MB a layer and micro-batch, "
+            f"{step / 1e9:,.1f} GB a step, which the time leaves out"
+        )
     memory = GPUS[config.gpu].memory
     if plan.memory > memory:
         parts = {
@@ -244,4 +253,5 @@ def _fewer_rows(config: PlanConfig, plan: StagePlan) -> str:
     bf16 = [] if config.parallel.precision is Precision.BF16 else ["parallel.precision=bf16"]
     key = "micro_batch_tokens" if config.parallel.micro_batch_tokens else "micro_batch_rows"
     rows = [f"a lower parallel.{key}"] if plan.micro_batch_rows > 1 else []
-    return " or ".join([*bf16, *rows, "shorter rows"])
+    shared = ["a higher parallel.sequence_parallel"] if config.num_gpus > config.parallel.sequence_parallel else []
+    return " or ".join([*bf16, *rows, *shared, "shorter rows"])

@@ -37,13 +37,16 @@ class Trainer:
         """Sets model and stream to a stage; weights, optimizer and the place in the corpus stay."""
         enter_stage(self.engine.module, self.run, stage)
         self.stage = stage
+        # Ranks that share rows are one to the data.
+        parallel = self.run.parallel
+        group, groups = self.ranks.rank // parallel.sequence_parallel, parallel.data_parallel(self.ranks.world_size)
         self.loader = build_loader(
             self.corpus,
             seq_len=stage.seq_len,
             rows_per_step=stage.rows,
             micro_batch_rows=self.run.micro_batch_rows(stage, self.ranks.world_size),
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
+            rank=group,
+            world_size=groups,
             seed=self.run.seed,
             mix=stage.mix,
             run_mixes=[other.mix for other in self.run.stages],
@@ -51,9 +54,7 @@ class Trainer:
         )
         self._heldout: list[Batch] = []
         if self.run.evaluation.rows:
-            self._heldout = heldout_rows(
-                self.corpus, seq_len=stage.seq_len, rows=self.run.evaluation.rows, rank=self.ranks.rank, world_size=self.ranks.world_size
-            )
+            self._heldout = heldout_rows(self.corpus, seq_len=stage.seq_len, rows=self.run.evaluation.rows, rank=group, world_size=groups)
 
     def step(self, metrics: Metrics) -> None:
         """One optimizer step and its line of metrics; a step with a non-finite loss or gradient is skipped and named."""
@@ -72,10 +73,10 @@ class Trainer:
 
         flops = training_flops(self.run.model, self.engine.module.attention, _piece_lengths(batches))
         counts = self.loader.count(batches)
-        loss, dense, executed, *counted = sum_over_ranks(
-            [float(sum(losses)), flops.dense_equivalent, flops.executed, *counts.values()], self.ranks.device
-        )
+        loss, *of_rows = sum_over_ranks([float(sum(losses)), flops.dense_equivalent, flops.executed, *counts.values()], self.ranks.device)
         loss /= batches[0].step_targets
+        # A loss is of a rank's own tokens; the others are of whole rows, which each of the ranks that share them has counted.
+        dense, executed, *counted = (value / self.run.parallel.sequence_parallel for value in of_rows)
         self.done += 1
         self._stream_state = self.loader.state_dict()
         self._count_skips(result.skipped, loss, batches, metrics)

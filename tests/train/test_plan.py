@@ -238,6 +238,18 @@ def test_the_workspace_of_a_stage_is_reckoned_with():
     assert small.held.activations == usual.held.activations
 
 
+def test_ranks_that_share_a_row_hold_a_part_of_it_each_and_say_what_they_send():
+    settings = ("model=llama_8b", "parallel.precision=bf16", "stages.0.seq_len=131072", "stages.0.batch_tokens=1048576", "attention=moba")
+    alone, shared = (_plan(*settings, "num_gpus=8", f"parallel.sequence_parallel={degree}") for degree in (1, 8))
+    assert [plan.stages[0].micro_batches for plan in (alone, shared)] == [1, 8]
+    assert shared.stages[0].states == alone.stages[0].states and shared.stages[0].seconds == alone.stages[0].seconds
+    ratio = alone.stages[0].held.activations / shared.stages[0].held.activations
+    assert 7 < ratio < 8  # positions are those of whole rows, and the attention's output is there twice
+    # 16384 tokens a rank, 32 query and 8 KV heads of 128, q, k, v and output, two bytes, two ways, 7 of 8 to others; 32 layers, 8 rows.
+    layer = 16384 * (2 * 32 + 2 * 8) * 128 * 2 * 2 * 7 // 8
+    assert f"each sends the others {layer / 1e6:,.0f} MB a layer and micro-batch, {layer * 32 * 8 / 1e9:,.1f} GB a step" in shared.notes[1]
+
+
 def test_a_prepared_corpus_is_checked_as_training_does(corpus):
     prepared = f"data.prepared_dir={corpus}"
     assert "not prepared" in " ".join(_plan().notes)
@@ -275,6 +287,8 @@ def test_a_plan_says_what_each_stage_reads_of_a_prepared_corpus(corpus):
         (["num_gpus=0"], r"^num_gpus=0: must be at least 1$"),
         (["gpus_per_node=0"], r"^gpus_per_node=0: must be at least 1$"),
         (["network=-1"], r"^network=-1.0: must be at least 0$"),
+        (["parallel.sequence_parallel=2", "num_gpus=3"], r"^parallel.sequence_parallel=2: does not divide the 3 ranks; accepted: 1, 3$"),
+        (["parallel.sequence_parallel=2", "measure=true"], r"^measure=True: .*; parallel.sequence_parallel=2$"),
         (
             ["num_gpus=3"],
             r"^stages.0.batch_tokens=8192: is 4 rows of 2048, which 3 ranks × parallel.micro_batch_rows=1 = 3 does not divide; 6144 is",
