@@ -6,7 +6,8 @@ from configs.schema import ConfigError, RunConfig, StageConfig
 
 
 def check_run(run: RunConfig, *, world_size: int) -> None:
-    """Raises ConfigError where stages do not fit the model, the micro-batch or the number of ranks, or the schedule not the stages."""
+    """Raises ConfigError where stages do not fit the model, the micro-batch or the number of ranks, or the schedule or the tile not the
+    stages."""
     total, warmup, decay = run.total_tokens, run.optim.warmup(run.total_tokens), run.optim.decay(run.total_tokens)
     if warmup + decay > total:
         key, given = ("decay_tokens", run.optim.decay_tokens) if run.optim.decay_tokens else ("warmup_tokens", run.optim.warmup_tokens)
@@ -16,6 +17,12 @@ def check_run(run: RunConfig, *, world_size: int) -> None:
         )
     for index, stage in enumerate(run.stages):
         check_stage(run, stage, index, world_size)
+    rows, seq_len = max(((run.micro_batch_rows(stage, world_size), stage.seq_len) for stage in run.stages), key=math.prod)
+    if run.parallel.ffn_tile > rows * seq_len:
+        raise ConfigError(
+            f"parallel.ffn_tile={run.parallel.ffn_tile}: is larger than the {rows * seq_len} tokens of the largest micro-batch "
+            f"({rows} × seq_len={seq_len}), so nothing would be tiled; a smaller tile, or 0 for none"
+        )
 
 
 def check_stage(run: RunConfig, stage: StageConfig, index: int, world_size: int) -> None:

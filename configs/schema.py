@@ -40,6 +40,17 @@ class AttentionBackend(Enum):
     TRITON = "triton"
 
 
+class LossBackend(Enum):
+    """Implementation of the head's cross-entropy: `auto` chooses by device, `reference` has all logits at once, the others tiles of them;
+    `liger` is the package's."""
+
+    AUTO = "auto"
+    REFERENCE = "reference"
+    TORCH = "torch"
+    TRITON = "triton"
+    LIGER = "liger"
+
+
 class RopeScaling(Enum):
     """How RoPE's frequencies are stretched beyond the length they were trained at; the formulas are in `model.rope`."""
 
@@ -586,11 +597,16 @@ class ParallelConfig:
     rank's share of a step; 0 leaves it to micro_batch_rows."""
     precision: Precision = Precision.FP32
     """fp32 or bf16."""
+    loss: LossBackend = LossBackend.AUTO
+    """auto, reference, torch, triton or liger."""
+    ffn_tile: int = 0
+    """Tokens that a feed-forward takes at once, whose intermediates are then never whole, for 11 matrix products instead of 9; 0 takes
+    all of a micro-batch."""
 
     def __post_init__(self) -> None:
         _require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "accepted: 0, 1, 2, 3")
         _at_least(self, 1, "micro_batch_rows")
-        _at_least(self, 0, "micro_batch_tokens")
+        _at_least(self, 0, "micro_batch_tokens", "ffn_tile")
         one_of = self.micro_batch_rows == 1 or not self.micro_batch_tokens
         _require(one_of, "micro_batch_tokens", self.micro_batch_tokens, f"leave it out, or micro_batch_rows={self.micro_batch_rows}")
         # DeepSpeed 0.19's bf16 path without ZeRO starts Adam's step counter one too high: first updates about 0.73 of what they should be.

@@ -16,7 +16,7 @@ from train.engine import Engine
 from train.initial import begin_from, note_beginning
 from train.metrics import Metrics
 from train.run_dir import CHECKPOINTS, own_run_dir, record_launch
-from train.trainer import Trainer, check_heldout, check_mixes, dry_run
+from train.trainer import Trainer, check_heldout, check_loss, check_mixes, dry_run
 
 
 class _Interrupt:
@@ -38,6 +38,7 @@ def train(run: RunConfig, ranks: Ranks) -> None:
     check_vocabulary(run, corpus=run.data.prepared_dir, vocab_size=corpus.vocab_size)
     check_mixes(run, corpus)
     check_heldout(run, corpus)
+    check_loss(run, ranks.device)
     with contextlib.ExitStack() as held:
         folder = on_main(ranks, lambda: held.enter_context(own_run_dir(run)))
         _train(run, ranks, corpus, folder, interrupt)
@@ -53,7 +54,8 @@ def _train(run: RunConfig, ranks: Ranks, corpus: Corpus, folder: Path, interrupt
 
     first = run.stages[0].attention
     attention = first.per_layer(run.model.num_layers)
-    model = Transformer(run.model, attention, run.stages[0].rope, first.backend.value, first.workspace)
+    loss, tile = run.parallel.loss.value, run.parallel.ffn_tile
+    model = Transformer(run.model, attention, run.stages[0].rope, first.backend.value, first.workspace, loss=loss, ffn_tile=tile)
     if run.init_from and not found:
         begin_from(run, model, corpus)
     else:
