@@ -200,6 +200,8 @@ def micro_batch_bytes(config: PlanConfig, stage: StageConfig, attention: Sequenc
         itemsize=itemsize(config.parallel),
         gpu=gpu,
         triton_workspace=stage.attention.workspace if gpu and _triton_serves(config, stage, attention) else 0,
+        loss=config.parallel.loss,
+        ffn_tile=config.parallel.ffn_tile,
     )
 
 
