@@ -139,6 +139,16 @@ class Packing(Enum):
     SEPARATE = "separate"
 
 
+class LayerPart(Enum):
+    """Rows of the layer benchmark: RMSNorm, RoPE on q and k, the pointwise half of SwiGLU, the whole feed-forward, and the loss."""
+
+    NORM = "norm"
+    ROPE = "rope"
+    SWIGLU = "swiglu"
+    FFN = "ffn"
+    LOSS = "loss"
+
+
 class DataRow(Enum):
     """Rows of the data benchmark: `preparing` beside the tokenizer library alone, `opening` a corpus of many documents, `packing` them
     into rows, and `loading` an epoch of rows beside `datasets`."""
@@ -894,6 +904,40 @@ class BenchmarkConfig:
         divides = self.num_heads % self.num_kv_heads == 0
         _require(divides, "num_heads", self.num_heads, f"must be a multiple of num_kv_heads={self.num_kv_heads}")
         _require(self.seed < 2**63, "seed", self.seed, "must be below 2^63")
+        _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerBenchmarkConfig:
+    """`scripts.benchmark layers`: the parts of a layer beside attention, and the loss, in all ways that compute them, in bf16."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shapes."""
+    parts: tuple[LayerPart, ...] = tuple(LayerPart)
+    """norm, rope, swiglu, ffn, loss."""
+    lengths: tuple[int, ...] = (8192, 32768)
+    """Tokens in one call."""
+    ffn_tiles: tuple[int, ...] = (4096, 16384)
+    """Tiles of the feed-forward that are tried, in tokens, in calls of more."""
+    reference_up_to: int = 8192
+    """Longest call in tokens of the loss that has all logits at once."""
+    device: Device = Device.AUTO
+    """auto, cpu or cuda."""
+    repeats: int = 10
+    """Timed calls, of which the median counts."""
+    output_dir: str = "outputs/benchmark"
+    """Folder of layers.csv."""
+
+    def __post_init__(self) -> None:
+        for key in ("parts", "lengths"):
+            shown = [value.value if isinstance(value, Enum) else value for value in getattr(self, key)]
+            _require(len(shown) > 0, key, "[]", "must hold at least one")
+            _require(len(set(shown)) == len(shown), key, shown, "must not hold the same twice")
+        for key in ("lengths", "ffn_tiles"):
+            for value in getattr(self, key):
+                _require(value >= 1, key, value, "must be at least 1")
+        _at_least(self, 0, "reference_up_to")
+        _at_least(self, 1, "repeats")
         _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")
 
 

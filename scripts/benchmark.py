@@ -1,4 +1,4 @@
-"""Measure kernels, `python -m scripts.benchmark attention`, or the data pipeline, `python -m scripts.benchmark data`.
+"""Measure kernels, `python -m scripts.benchmark attention` and `layers`, or the data pipeline, `python -m scripts.benchmark data`.
 
 Attention:
     lengths=[8192,32768] settings=[[128,8],[512,3]]   tokens in a call; MoBA settings, each [block_size, topk]
@@ -9,6 +9,13 @@ Attention:
 Forward and forward+backward time, eager and under a CUDA graph, peak memory and sparse efficiency of MoBA and dense attention on one
 GPU. A row is first checked against fp64; one that is wrong shows its error in place of a time, and the exit status is 1.
 Prints Markdown; writes attention.csv and attention.png into output_dir, anew after every row.
+
+Layers:
+    model=llama_1b9 lengths=[8192,32768]              shapes; tokens in a call
+    parts=[norm,rope,swiglu,ffn,loss]                 what is measured; all of it by default
+
+Time and memory of forward+backward of what a layer has beside attention, and of the loss: eager, compiled, in tiles, and Liger's where
+it is installed. Prints Markdown; writes layers.csv into output_dir.
 
 Data:
     rows=[preparing,opening,packing,loading]          what is measured; all of it by default
@@ -33,7 +40,7 @@ import torch
 
 from configs.mapping import nearest
 from configs.registry import command, fail, show
-from configs.schema import BenchmarkConfig, ConfigError, DataBenchmarkConfig, KernelInputs, ModelConfig
+from configs.schema import BenchmarkConfig, ConfigError, DataBenchmarkConfig, KernelInputs, LayerBenchmarkConfig, ModelConfig
 from data.workers import resolve_workers
 from scripts.attention_benchmark.cases import all_cases, is_installed, label
 from scripts.attention_benchmark.measure import CudaMeter, Result, measure
@@ -42,12 +49,14 @@ from scripts.attention_benchmark.trained import Trained
 from scripts.data_benchmark import report as data_report
 from scripts.data_benchmark.rows import MEASURES
 from scripts.figures import plot_times
+from scripts.layer_benchmark.rows import measure as measure_layers
 from scripts.program import run
+from train.distributed import choose_device
 from train.run_dir import write_atomically
 
-SUBCOMMANDS = ("attention", "data")
+SUBCOMMANDS = ("attention", "layers", "data")
 FILES = ("attention.csv", "attention.png")
-DATA_FILE = "data.csv"
+DATA_FILE, LAYERS_FILE = "data.csv", "layers.csv"
 
 
 def main() -> None:
@@ -58,7 +67,7 @@ def main() -> None:
     elif word not in ("-h", "--help"):
         given = "what to measure must be given" if not word or "=" in word else f"{word}: no such benchmark{nearest(word, SUBCOMMANDS)}"
         fail(f"{given}; accepted first word: {', '.join(SUBCOMMANDS)}")
-    (data if word == "data" else attention)()
+    {"layers": layers, "data": data}.get(word, attention)()
 
 
 @command(DataBenchmarkConfig, config_name="benchmark_data")
@@ -72,6 +81,19 @@ def data(config: DataBenchmarkConfig) -> None:
             figures += MEASURES[row](config, Path(place))
         write_atomically(folder / DATA_FILE, data_report.to_csv(figures, facts))
     show(f"{data_report.markdown(figures, facts)}\n\n{folder / DATA_FILE}")
+
+
+@command(LayerBenchmarkConfig, config_name="benchmark_layers")
+def layers(config: LayerBenchmarkConfig) -> None:
+    """Measures way after way and prints the report."""
+    device = choose_device(config.device)
+    folder = _make_folder(config.output_dir, "output_dir")
+    facts = describe("layers") if device.type == "cuda" else _date_and_command("layers")
+    figures: list[data_report.Measured] = []
+    for figure in measure_layers(config, device):
+        figures.append(figure)
+        write_atomically(folder / LAYERS_FILE, data_report.to_csv(figures, facts))
+    show(f"{data_report.markdown(figures, facts)}\n\n{folder / LAYERS_FILE}")
 
 
 @command(BenchmarkConfig, config_name="benchmark")
@@ -118,7 +140,7 @@ def with_heads_of(config: BenchmarkConfig, model: ModelConfig) -> BenchmarkConfi
     return replace(config, **heads)
 
 
-def describe() -> dict[str, str]:
+def describe(word: str = "attention") -> dict[str, str]:
     """What the results were found on and with."""
     import triton  # not installed everywhere; where there is a CUDA device it is
 
@@ -127,7 +149,7 @@ def describe() -> dict[str, str]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
         "triton": triton.__version__,
-        **_date_and_command("attention"),
+        **_date_and_command(word),
     }
 
 

@@ -18,6 +18,7 @@ from configs.schema import (
     ConfigError,
     DataBenchmarkConfig,
     EvaluateConfig,
+    LayerBenchmarkConfig,
     PlanConfig,
     PrepareConfig,
     RunConfig,
@@ -88,6 +89,7 @@ def test_every_root_composes():
     assert compose(EvaluateConfig, config_name="evaluate", overrides=["checkpoint=x"]).checkpoint == "x"
     assert compose(BenchmarkConfig, config_name="benchmark").output_dir == "outputs/benchmark"
     assert compose(DataBenchmarkConfig, config_name="benchmark_data").documents == 10_000_000
+    assert compose(LayerBenchmarkConfig, config_name="benchmark_layers").model.vocab_size == 128256
 
 
 @pytest.fixture
