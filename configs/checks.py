@@ -6,7 +6,7 @@ from configs.schema import ConfigError, RunConfig, StageConfig
 
 
 def check_run(run: RunConfig, *, world_size: int) -> None:
-    """Raises ConfigError where stages do not fit the model, the micro-batch or the number of ranks, or schedule or profile not the
+    """Raises ConfigError where stages do not fit the model, the micro-batch or the number of ranks, or schedule, profile or tile not the
     stages."""
     degree, num_heads = run.parallel.sequence_parallel, run.model.num_heads
     for number, what in ((world_size, f"the {world_size} ranks"), (num_heads, f"the {num_heads} query heads of model.num_heads")):
@@ -23,6 +23,14 @@ def check_run(run: RunConfig, *, world_size: int) -> None:
         raise ConfigError(f"profile.steps={run.profile.steps}: the run has {run.total_steps} steps")
     for index, stage in enumerate(run.stages):
         check_stage(run, stage, index, world_size)
+    rows, seq_len = max(((run.micro_batch_rows(stage, world_size), stage.seq_len) for stage in run.stages), key=math.prod)
+    tokens = rows * seq_len // degree
+    if run.parallel.ffn_tile > tokens:
+        shared = f" / sequence_parallel={degree}" if degree > 1 else ""
+        raise ConfigError(
+            f"parallel.ffn_tile={run.parallel.ffn_tile}: is larger than the {tokens} tokens of the largest micro-batch "
+            f"({rows} × seq_len={seq_len}{shared}), so nothing would be tiled; a smaller tile, or 0 for none"
+        )
 
 
 def check_stage(run: RunConfig, stage: StageConfig, index: int, world_size: int) -> None:

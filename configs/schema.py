@@ -41,6 +41,17 @@ class AttentionBackend(Enum):
     TRITON = "triton"
 
 
+class LossBackend(Enum):
+    """Implementation of the head's cross-entropy: `auto` chooses by device, `reference` has all logits at once, the others tiles of them;
+    `liger` is the package's."""
+
+    AUTO = "auto"
+    REFERENCE = "reference"
+    TORCH = "torch"
+    TRITON = "triton"
+    LIGER = "liger"
+
+
 class RopeScaling(Enum):
     """How RoPE's frequencies are stretched beyond the length they were trained at; the formulas are in `model.rope`."""
 
@@ -127,6 +138,16 @@ class Packing(Enum):
     CONCAT = "concat"
     BEST_FIT = "best_fit"
     SEPARATE = "separate"
+
+
+class LayerPart(Enum):
+    """Rows of the layer benchmark: RMSNorm, RoPE on q and k, the pointwise half of SwiGLU, the whole feed-forward, and the loss."""
+
+    NORM = "norm"
+    ROPE = "rope"
+    SWIGLU = "swiglu"
+    FFN = "ffn"
+    LOSS = "loss"
 
 
 class DataRow(Enum):
@@ -609,11 +630,16 @@ class ParallelConfig:
     rows as fit and divide the rank's share of a step; 0 leaves it to micro_batch_rows."""
     precision: Precision = Precision.FP32
     """fp32 or bf16."""
+    loss: LossBackend = LossBackend.AUTO
+    """auto, reference, torch, triton or liger."""
+    ffn_tile: int = 0
+    """Tokens that a feed-forward takes at once, whose intermediates are then never whole, for 11 matrix products instead of 9; 0 takes
+    all of a micro-batch."""
 
     def __post_init__(self) -> None:
         _require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "accepted: 0, 1, 2, 3")
         _at_least(self, 1, "sequence_parallel", "micro_batch_rows")
-        _at_least(self, 0, "micro_batch_tokens")
+        _at_least(self, 0, "micro_batch_tokens", "ffn_tile")
         one_of = self.micro_batch_rows == 1 or not self.micro_batch_tokens
         _require(one_of, "micro_batch_tokens", self.micro_batch_tokens, f"leave it out, or micro_batch_rows={self.micro_batch_rows}")
         # DeepSpeed 0.19's bf16 path without ZeRO starts Adam's step counter one too high: first updates about 0.73 of what they should be.
@@ -998,6 +1024,40 @@ class TrainBenchmarkConfig(RunConfig):
                 raise ConfigError(f"attentions.{index}: {error}") from None
         _at_least(self, 1, "batch_tokens", "steps", "num_ranks")
         _at_least(self, 0, "dense_up_to", "warmup_steps")
+        _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerBenchmarkConfig:
+    """`scripts.benchmark layers`: the parts of a layer beside attention, and the loss, in all ways that compute them, in bf16."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shapes."""
+    parts: tuple[LayerPart, ...] = tuple(LayerPart)
+    """norm, rope, swiglu, ffn, loss."""
+    lengths: tuple[int, ...] = (8192, 32768)
+    """Tokens in one call."""
+    ffn_tiles: tuple[int, ...] = (4096, 16384)
+    """Tiles of the feed-forward that are tried, in tokens, in calls of more."""
+    reference_up_to: int = 8192
+    """Longest call in tokens of the loss that has all logits at once."""
+    device: Device = Device.AUTO
+    """auto, cpu or cuda."""
+    repeats: int = 10
+    """Timed calls, of which the median counts."""
+    output_dir: str = "outputs/benchmark"
+    """Folder of layers.csv."""
+
+    def __post_init__(self) -> None:
+        for key in ("parts", "lengths"):
+            shown = [value.value if isinstance(value, Enum) else value for value in getattr(self, key)]
+            _require(len(shown) > 0, key, "[]", "must hold at least one")
+            _require(len(set(shown)) == len(shown), key, shown, "must not hold the same twice")
+        for key in ("lengths", "ffn_tiles"):
+            for value in getattr(self, key):
+                _require(value >= 1, key, value, "must be at least 1")
+        _at_least(self, 0, "reference_up_to")
+        _at_least(self, 1, "repeats")
         _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")
 
 

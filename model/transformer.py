@@ -3,33 +3,26 @@
 Shape letters: N packed tokens, V vocabulary. All inputs of a call lie on the model's device (cu_seqlens may be on the CPU).
 """
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from configs.layers import LayerAttention
 from configs.schema import ModelConfig, RopeConfig
 from model.attention import Attention, check_kinds
 from model.cache import LayerCache
-from model.layers import FeedForward, RMSNorm
+from model.layers import FeedForward, Head, RMSNorm
 from model.rope import rotary_table
 from model.sequence_parallel import SequenceParallel
-
-IGNORE = -100
-# Logits held at once while the loss is taken, in elements (1 GiB in fp32): 128K tokens x 128K words would be 64 GiB.
-LOGITS_BUDGET = 1 << 28
 
 
 class Block(nn.Module):
     """One pre-norm decoder layer on the residual stream `[N, hidden]`; arguments as in `Attention.forward`."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ffn_tile: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.ffn = FeedForward(config)
+        self.ffn = FeedForward(config, ffn_tile)
 
     def forward(self, x: Tensor, *attention_args: object) -> Tensor:
         x = x + self.attention(self.attention_norm(x), *attention_args)
@@ -46,9 +39,13 @@ class Transformer(nn.Module):
         rope: RopeConfig,
         backend: str = "auto",
         workspace: int = 1 << 30,
+        *,
+        loss: str = "auto",
+        ffn_tile: int = 0,
     ) -> None:
         """`attention` as from `AttentionConfig.per_layer`; `backend` one of `model.attention.BACKENDS`; `workspace` the bytes
-        that `moba_attention` may hold of partial results. Raises ValueError.
+        that `moba_attention` may hold of partial results; `loss` one of `model.ops.loss.BACKENDS`; `ffn_tile` the tokens that the
+        feed-forward takes at once, 0 for all. Raises ValueError.
 
         Weights are PyTorch's defaults until `model.init.initialise` or `load_state_dict`.
         """
@@ -60,9 +57,9 @@ class Transformer(nn.Module):
         self.set_attention(attention)
         self.set_rope(rope)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, ffn_tile) for _ in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Head(config, loss)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -93,7 +90,7 @@ class Transformer(nn.Module):
         if self.sequence_parallel and labels is not None:
             labels = self.sequence_parallel.own_tokens(labels)
         x = self.hidden(tokens, positions, cu_seqlens)
-        return self.head(x) if labels is None else self._losses(x, labels)
+        return self.head(x, labels)
 
     def hidden(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, caches: list[LayerCache] | None = None) -> Tensor:
         """What the head reads, `[N, hidden]`; with `caches`, one for each layer, of one sequence (see `Attention.forward`).
@@ -107,14 +104,3 @@ class Transformer(nn.Module):
             turn = None if index in self.nope_layers else table
             x = layer(x, turn, cu_seqlens, self.attention[index], self.backend, self.workspace, cache, self.sequence_parallel)
         return self.final_norm(x)
-
-    def _losses(self, x: Tensor, labels: Tensor) -> Tensor:
-        """fp32 `[N]`; in pieces, whose logits the backward pass computes again, where all logits would not fit."""
-        size = max(1, LOGITS_BUDGET // self.config.vocab_size)
-        if len(x) <= size:
-            return self._piece_losses(x, labels)
-        pieces = zip(x.split(size), labels.split(size), strict=True)
-        return torch.cat([checkpoint(self._piece_losses, *piece, use_reentrant=False) for piece in pieces])
-
-    def _piece_losses(self, x: Tensor, labels: Tensor) -> Tensor:
-        return functional.cross_entropy(self.head(x).float(), labels, ignore_index=IGNORE, reduction="none")

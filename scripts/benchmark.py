@@ -1,4 +1,4 @@
-"""Measure kernels, `python -m scripts.benchmark attention`, training, `... train`, or the data pipeline, `... data`.
+"""Measure kernels, `python -m scripts.benchmark attention` and `layers`, training, `... train`, or the data pipeline, `... data`.
 
 Attention:
     lengths=[8192,32768] settings=[[128,8],[512,3]]   tokens in a call; MoBA settings, each [block_size, topk]
@@ -9,6 +9,13 @@ Attention:
 Forward and forward+backward time, eager and under a CUDA graph, peak memory and sparse efficiency of MoBA and dense attention on one
 GPU. A row is first checked against fp64; one that is wrong shows its error in place of a time, and the exit status is 1.
 Prints Markdown; writes attention.csv and attention.png into output_dir, anew after every row.
+
+Layers:
+    model=llama_1b9 lengths=[8192,32768]              shapes; tokens in a call
+    parts=[norm,rope,swiglu,ffn,loss]                 what is measured; all of it by default
+
+Time and memory of forward+backward of what a layer has beside attention, and of the loss: eager, compiled, in tiles, and Liger's where
+it is installed. Prints Markdown; writes layers.csv into output_dir.
 
 Train:
     lengths=[8192,131072] attentions=["full","moba(512, 3)"]   tokens in a row; attention rules
@@ -43,7 +50,15 @@ import torch
 
 from configs.mapping import nearest
 from configs.registry import command, fail, show
-from configs.schema import BenchmarkConfig, ConfigError, DataBenchmarkConfig, KernelInputs, ModelConfig, TrainBenchmarkConfig
+from configs.schema import (
+    BenchmarkConfig,
+    ConfigError,
+    DataBenchmarkConfig,
+    KernelInputs,
+    LayerBenchmarkConfig,
+    ModelConfig,
+    TrainBenchmarkConfig,
+)
 from data.workers import resolve_workers
 from scripts.attention_benchmark.cases import all_cases, is_installed, label
 from scripts.attention_benchmark.measure import CudaMeter, Result, measure
@@ -52,13 +67,15 @@ from scripts.attention_benchmark.trained import Trained
 from scripts.data_benchmark import report as data_report
 from scripts.data_benchmark.rows import MEASURES
 from scripts.figures import plot_over_lengths
+from scripts.layer_benchmark.rows import measure as measure_layers
 from scripts.program import run
 from scripts.training_benchmark import report as training_report
 from scripts.training_benchmark.program import train_benchmark
+from train.distributed import choose_device
 from train.run_dir import write_atomically
 
 FILES = ("attention.csv", "attention.png")
-DATA_FILE = "data.csv"
+DATA_FILE, LAYERS_FILE = "data.csv", "layers.csv"
 
 
 def main() -> None:
@@ -91,6 +108,19 @@ def train(config: TrainBenchmarkConfig) -> None:
     folder, facts = _make_folder(config.output_dir, "output_dir"), {"torch": torch.__version__, **_date_and_command("train")}
     results = train_benchmark(config, folder, facts)
     show("\n\n".join([training_report.markdown(results, facts), "\n".join(str(folder / name) for name in training_report.FILES)]))
+
+
+@command(LayerBenchmarkConfig, config_name="benchmark_layers")
+def layers(config: LayerBenchmarkConfig) -> None:
+    """Measures way after way and prints the report."""
+    device = choose_device(config.device)
+    folder = _make_folder(config.output_dir, "output_dir")
+    facts = describe("layers") if device.type == "cuda" else _date_and_command("layers")
+    figures: list[data_report.Measured] = []
+    for figure in measure_layers(config, device):
+        figures.append(figure)
+        write_atomically(folder / LAYERS_FILE, data_report.to_csv(figures, facts))
+    show(f"{data_report.markdown(figures, facts)}\n\n{folder / LAYERS_FILE}")
 
 
 @command(BenchmarkConfig, config_name="benchmark")
@@ -137,7 +167,7 @@ def with_heads_of(config: BenchmarkConfig, model: ModelConfig) -> BenchmarkConfi
     return replace(config, **heads)
 
 
-def describe() -> dict[str, str]:
+def describe(word: str = "attention") -> dict[str, str]:
     """What the results were found on and with."""
     import triton  # not installed everywhere; where there is a CUDA device it is
 
@@ -146,7 +176,7 @@ def describe() -> dict[str, str]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
         "triton": triton.__version__,
-        **_date_and_command("attention"),
+        **_date_and_command(word),
     }
 
 
@@ -186,7 +216,7 @@ def _write(folder: Path, results: Sequence[Result]) -> None:
         raise
 
 
-COMMANDS = {"attention": attention, "train": train, "data": data}
+COMMANDS = {"attention": attention, "layers": layers, "train": train, "data": data}
 
 if __name__ == "__main__":
     run(main, interrupted="the rows that were finished are in output_dir")

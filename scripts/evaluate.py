@@ -83,7 +83,9 @@ def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> dict[str, An
     documents = choose_documents(corpus, config)
     folder = on_main(ranks, lambda: _make_folder(config, checkpoint))
 
-    model = Transformer(trained.model, next(iter(settings.values())), stage.rope, config.backend.value, stage.attention.workspace)
+    attention, workspace = next(iter(settings.values())), stage.attention.workspace
+    tile = trained.parallel.ffn_tile
+    model = Transformer(trained.model, attention, stage.rope, config.backend.value, workspace, ffn_tile=tile)
     load_into(model, checkpoint)
     model.to(device, torch.bfloat16 if config.precision is Precision.BF16 else torch.float32).eval()
     share_rows(model, ranks.world_size)

@@ -16,6 +16,7 @@ from model.memory import effective
 from model.transformer import Transformer
 from train.distributed import choose_device
 from train.plan import Plan, StagePlan, micro_batch_bytes
+from train.trainer import check_loss
 
 REPEATS = 3  # after one call to warm up; the fastest counts
 
@@ -44,8 +45,10 @@ class StageFigures:
 
 
 def calibrate(plan: Plan) -> tuple[str, tuple[StageFigures, ...]]:
-    """The device's name and the figures of each stage. Raises ConfigError where the device cannot hold two layers."""
+    """The device's name and the figures of each stage. Raises ConfigError where the device cannot hold two layers, or not take the
+    loss that the plan asks for."""
     device = choose_device(plan.config.device)
+    check_loss(plan.config, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return name, tuple(_measure_stage(plan.config, stage, index, device) for index, stage in enumerate(plan.stages))
 
@@ -91,8 +94,10 @@ def _available_memory() -> int:
 def _measure(config: PlanConfig, stage: StageConfig, attention: tuple[LayerAttention, ...], device: torch.device) -> LayerFigures:
     shape = replace(config.model, num_layers=len(attention))
     rope = replace(stage.rope, nope="")  # it names layers of the whole model; without positions a layer does and keeps almost the same
+    backend, workspace = stage.attention.backend.value, stage.attention.workspace
+    loss, tile = config.parallel.loss.value, config.parallel.ffn_tile
     with device:
-        model = Transformer(shape, attention, rope, stage.attention.backend.value, stage.attention.workspace)
+        model = Transformer(shape, attention, rope, backend, workspace, loss=loss, ffn_tile=tile)
     model.to(torch.bfloat16 if config.parallel.precision is Precision.BF16 else torch.float32)
     rows = config.micro_batch_rows(stage, config.num_gpus)
     num_tokens = rows * stage.seq_len

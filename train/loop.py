@@ -18,7 +18,7 @@ from train.metrics import Metrics
 from train.profiling import Profiler
 from train.run_dir import CHECKPOINTS, own_run_dir, record_launch
 from train.saving import Saver
-from train.trainer import Trainer, check_heldout, check_mixes, dry_run
+from train.trainer import Trainer, check_heldout, check_loss, check_mixes, dry_run
 
 
 class _Interrupt:
@@ -40,6 +40,7 @@ def train(run: RunConfig, ranks: Ranks) -> None:
     check_vocabulary(run, corpus=run.data.prepared_dir, vocab_size=corpus.vocab_size)
     check_mixes(run, corpus)
     check_heldout(run, corpus)
+    check_loss(run, ranks.device)
     with contextlib.ExitStack() as held:
         folder = on_main(ranks, lambda: held.enter_context(own_run_dir(run)))
         _train(run, ranks, corpus, folder, interrupt)
@@ -108,7 +109,9 @@ def new_model(run: RunConfig) -> Transformer:
     """The model of a run as its first stage has it, with PyTorch's default weights."""
     first = run.stages[0]
     attention = first.attention.per_layer(run.model.num_layers)
-    return Transformer(run.model, attention, first.rope, first.attention.backend.value, first.attention.workspace)
+    loss, tile = run.parallel.loss.value, run.parallel.ffn_tile
+    backend, workspace = first.attention.backend.value, first.attention.workspace
+    return Transformer(run.model, attention, first.rope, backend, workspace, loss=loss, ffn_tile=tile)
 
 
 def _due(step: int, every: int) -> bool:

@@ -205,6 +205,8 @@ def micro_batch_bytes(config: PlanConfig, stage: StageConfig, attention: Sequenc
         gpu=gpu,
         triton_workspace=stage.attention.workspace if gpu and _triton_serves(config, stage, attention) else 0,
         sequence_parallel=config.parallel.sequence_parallel,
+        loss=config.parallel.loss,
+        ffn_tile=config.parallel.ffn_tile,
     )
 
 

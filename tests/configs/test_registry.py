@@ -18,6 +18,7 @@ from configs.schema import (
     ConfigError,
     DataBenchmarkConfig,
     EvaluateConfig,
+    LayerBenchmarkConfig,
     PlanConfig,
     PrepareConfig,
     RunConfig,
@@ -88,6 +89,7 @@ def test_every_root_composes():
     assert compose(EvaluateConfig, config_name="evaluate", overrides=["checkpoint=x"]).checkpoint == "x"
     assert compose(BenchmarkConfig, config_name="benchmark").output_dir == "outputs/benchmark"
     assert compose(DataBenchmarkConfig, config_name="benchmark_data").documents == 10_000_000
+    assert compose(LayerBenchmarkConfig, config_name="benchmark_layers").model.vocab_size == 128256
 
 
 @pytest.fixture
@@ -196,6 +198,11 @@ def test_stages_of_a_file_have_the_attention_of_the_run(configs):
         ("rope.nope=evry 2", r"^rope.nope='evry 2': 'evry 2' does not select layers; accepted: all"),
         ("model.num_heads=3", r"^model.num_heads=3: must be a multiple of num_kv_heads=2$"),
         ("parallel.zero_stage=4", r"^parallel.zero_stage=4: accepted: 0, 1, 2, 3$"),
+        ("parallel.ffn_tile=-1", r"^parallel.ffn_tile=-1: must be at least 0$"),
+        (
+            "parallel.loss=ligre",
+            r"^parallel.loss='ligre': no such choice, did you mean 'liger'\?; accepted: auto, reference, torch, triton, liger$",
+        ),
         ("data.sources=5", r"^data.sources=5: must be a list$"),
         ("data.sources={name: x}", r"^data.sources={'name': 'x'}: must be a list$"),
         ("data.sources.2.path=x", r"^data.sources.2.path: no such item; data.sources has 2, counted from 0$"),
@@ -289,6 +296,11 @@ def test_numbers_may_be_written_as_people_write_them():
             r"'rest moba.*' names no layer that is still free among 2: all 2 that it selects are named before it; narrow what stands there",
         ),
         (["attention.rule='last 1 full'"], 1, r"layers \[0, 1, 2\] of 4 are named by no clause"),
+        (
+            ["parallel.ffn_tile=4097", "parallel.micro_batch_rows=2"],
+            1,
+            r"parallel.ffn_tile=4097: is larger than the 4096 tokens of the largest micro-batch \(2 × seq_len=2048\)",
+        ),
     ],
 )
 def test_objects_must_fit_each_other(overrides, world_size, message):

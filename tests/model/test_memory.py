@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from configs.schema import AttentionConfig, ModelConfig
-from model import memory, transformer
+from configs.schema import AttentionConfig, LossBackend, ModelConfig
 from model.memory import PassBytes, effective, pass_bytes
+from model.ops.loss import tiled
 from model.transformer import Transformer
 from tests.model.helpers import build
 from train.calibrate import saved_bytes
@@ -19,8 +19,8 @@ def _config(**changes: object) -> ModelConfig:
     return ModelConfig(**{**sizes, **changes})
 
 
-def _model(config: ModelConfig, rule: str, dtype: torch.dtype) -> Transformer:
-    return build(config, rule, backend="torch").to(dtype)
+def _model(config: ModelConfig, rule: str, dtype: torch.dtype, ffn_tile: int = 0) -> Transformer:
+    return build(config, rule, backend="torch", ffn_tile=ffn_tile).to(dtype)
 
 
 def _inputs(rows: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -28,9 +28,10 @@ def _inputs(rows: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, tor
     return tokens, torch.arange(ROW).repeat(rows), torch.arange(0, rows * ROW + 1, ROW, dtype=torch.int32)
 
 
-def _reckoned(config: ModelConfig, rule: str, rows: int, dtype: torch.dtype) -> PassBytes:
+def _reckoned(config: ModelConfig, rule: str, rows: int, dtype: torch.dtype, ffn_tile: int = 0) -> PassBytes:
     attention = AttentionConfig(rule=rule).per_layer(config.num_layers)
-    return pass_bytes(config, attention, rows=rows, seq_len=ROW, itemsize=DTYPES[dtype], gpu=False, triton_workspace=0)
+    sizes = {"rows": rows, "seq_len": ROW, "itemsize": DTYPES[dtype], "ffn_tile": ffn_tile}
+    return pass_bytes(config, attention, gpu=False, triton_workspace=0, **sizes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -44,9 +45,9 @@ def test_activations_are_what_autograd_saves(changes, rule, rows, dtype):
     assert _reckoned(config, rule, rows, dtype).activations == pytest.approx(saved, rel=1e-3)
 
 
-def _peak(config: ModelConfig, rule: str, dtype: torch.dtype) -> int:
+def _peak(config: ModelConfig, rule: str, dtype: torch.dtype, ffn_tile: int = 0) -> int:
     """Most bytes allocated at once during forward and backward, beyond weights and gradients, by PyTorch's own profiler."""
-    model, inputs = _model(config, rule, dtype), _inputs(2, config.vocab_size)
+    model, inputs = _model(config, rule, dtype, ffn_tile), _inputs(2, config.vocab_size)
     model(*inputs, inputs[0]).sum().backward()  # gradients are there from now on
     with torch.profiler.profile(profile_memory=True) as profile:
         model(*inputs, inputs[0]).sum().backward()
@@ -74,15 +75,37 @@ def test_the_peak_is_what_the_allocator_sees(rule, changes, dtype):
     assert _reckoned(config, rule, 2, dtype).peak == pytest.approx(_peak(config, rule, dtype), rel=0.06)
 
 
-def test_a_loss_in_pieces_holds_the_logits_of_one(monkeypatch):
-    config = _config(vocab_size=8192)
-    whole = _peak(config, "full", torch.float32)
-    for module in (memory, transformer):
-        monkeypatch.setattr(module, "LOGITS_BUDGET", 8192 * 128)
-    reckoned = _reckoned(config, "full", 2, torch.float32)
-    assert reckoned.logits == 12 * 8192 * 128 + 4 * 8192 * 128  # 128 is the piece in tokens, and the hidden size
-    pieces = _peak(config, "full", torch.float32)
-    assert pieces == pytest.approx(reckoned.peak, rel=0.06) and pieces < whole / 2
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_loss_in_tiles_holds_the_logits_of_one(monkeypatch, dtype):
+    config = _config(vocab_size=8192, num_layers=1)
+    whole = _peak(config, "full", dtype)
+    monkeypatch.setattr(tiled, "LOGITS_BYTES", DTYPES[dtype] * 8192 * 128)
+    reckoned, peak = _reckoned(config, "full", 2, dtype), _peak(config, "full", dtype)
+    copies = {torch.float32: 1, torch.bfloat16: 2}[dtype]  # of the logits in fp32
+    head, d_x = 4 * 8192 * 128, DTYPES[dtype] * 2 * ROW * 128
+    assert reckoned.logits == (DTYPES[dtype] + 4 * copies) * 8192 * 128 + head + d_x
+    assert peak == pytest.approx(reckoned.peak, rel=0.06) and peak < whole / 2
+
+
+@pytest.mark.parametrize(("tile", "dtype"), [(128, torch.float32), (512, torch.bfloat16)])
+def test_a_feed_forward_in_tiles_holds_the_intermediates_of_one(tile, dtype):
+    config = _config(vocab_size=32, ffn_size=2048)
+    reckoned = _reckoned(config, "full", 2, dtype, tile)
+    saved = saved_bytes(model := _model(config, "full", dtype, tile), lambda: model.hidden(*_inputs(2, 32)))
+    assert reckoned.activations == pytest.approx(saved, rel=1e-3)
+    peak = _peak(config, "full", dtype, tile)
+    assert reckoned.peak == pytest.approx(peak, rel=0.06) and peak < _peak(config, "full", dtype) / 2
+    assert _reckoned(config, "full", 2, dtype, 2 * ROW) == _reckoned(config, "full", 2, dtype)
+
+
+def test_what_the_loss_holds_on_a_gpu():
+    """The kernel makes nothing of the logits' size; plain torch their fp32 log-probabilities; without tiles there are all of them."""
+    config, attention = _config(vocab_size=8192), AttentionConfig().per_layer(3)
+    sizes = {"rows": 1, "seq_len": ROW, "itemsize": 2, "gpu": True, "triton_workspace": 1}
+    held = {loss: pass_bytes(config, attention, loss=loss, **sizes).logits for loss in LossBackend}
+    assert held[LossBackend.AUTO] == 2 * ROW * 8192 + 4 * 8192 * 128 + 2 * ROW * 128
+    assert held[LossBackend.TRITON] == held[LossBackend.AUTO] and held[LossBackend.TORCH] == held[LossBackend.AUTO] + 4 * ROW * 8192
+    assert held[LossBackend.REFERENCE] == 12 * ROW * 8192
 
 
 def test_moba_that_sees_the_whole_row_is_reckoned_as_full():
