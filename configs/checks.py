@@ -40,6 +40,10 @@ def check_stage(run: RunConfig, stage: StageConfig, index: int, world_size: int)
         attention = stage.attention.per_layer(run.model.num_layers)
     except ConfigError as error:
         raise ConfigError(f"{key}.attention.{error}") from None
+    try:
+        stage.activation.per_layer(run.model.num_layers)
+    except ConfigError as error:
+        raise ConfigError(f"{key}.activation.{error}") from None
     max_seq_len = run.model.max_seq_len
     try:
         longest = stage.rope.max_context(max_seq_len, attention)

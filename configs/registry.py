@@ -27,7 +27,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configs.mapping import from_mapping, nearest, to_mapping
 from configs.model_file import check_kept, initial, lay_over
-from configs.schema import AttentionConfig, ConfigError, MixConfig, PlanConfig, RopeConfig, RunConfig, TrainBenchmarkConfig
+from configs.schema import (
+    ActivationConfig,
+    AttentionConfig,
+    ConfigError,
+    MixConfig,
+    PlanConfig,
+    RopeConfig,
+    RunConfig,
+    TrainBenchmarkConfig,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -37,7 +46,8 @@ CONFIG_DIR = Path(__file__).parent
 REPOSITORY = CONFIG_DIR.parent
 # Keys of the composed mapping that hold for every stage, which may change parts of them; they are not fields of the run itself.
 _SHARED: dict[type, dict[str, type]] = {
-    run: {"attention": AttentionConfig, "rope": RopeConfig, "mix": MixConfig} for run in (RunConfig, PlanConfig, TrainBenchmarkConfig)
+    run: {"attention": AttentionConfig, "rope": RopeConfig, "activation": ActivationConfig, "mix": MixConfig}
+    for run in (RunConfig, PlanConfig, TrainBenchmarkConfig)
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from configs.layers import LayerAttention, parse_layers, parse_rule
+from configs.layers import LayerAttention, parse_activation, parse_layers, parse_rule
 
 
 class ConfigError(ValueError):
@@ -29,6 +29,14 @@ class Device(Enum):
     AUTO = "auto"
     CPU = "cpu"
     CUDA = "cuda"
+
+
+class CompileMode(Enum):
+    """Where `torch.compile` makes kernels of what surrounds attention in a layer: `auto` on CUDA devices, where it pays."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
 
 
 class AttentionBackend(Enum):
@@ -364,6 +372,26 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ActivationConfig:
+    """What each layer keeps of its forward pass for the backward pass; the rest is computed again."""
+
+    rule: str = "none"
+    """Layers to what is computed again, with the selectors of attention.rule, first match wins: `none`; `selective`, all but attention;
+    `full`, all, from the layer's input alone; `offload`, the same with the input in pinned host memory. `every 2 full, rest none`,
+    `last 4 full, rest offload`."""
+
+    def __post_init__(self) -> None:
+        self.per_layer(None)
+
+    def per_layer(self, num_layers: int | None) -> tuple[str, ...]:
+        """One of `configs.layers.ACTIVATIONS` for layers 0..num_layers-1; None checks the grammar alone. Raises ConfigError."""
+        try:
+            return parse_activation(self.rule, num_layers=num_layers)
+        except ValueError as error:
+            raise ConfigError(f"rule={self.rule!r}: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
 class MixSourceConfig:
     """A source of the corpus in a mix. All sources of a mix have a weight, or all have epochs, or none has either."""
 
@@ -440,7 +468,7 @@ class MixConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """A stretch of the run in which context length, batch, attention, RoPE and mix stay the same (DESIGN: stages)."""
+    """A stretch of the run in which context length, batch, attention, RoPE, activations and mix stay the same (DESIGN: stages)."""
 
     name: str = "main"
     """Shown in logs."""
@@ -454,6 +482,8 @@ class StageConfig:
     """Attention of each layer."""
     rope: RopeConfig = field(default_factory=RopeConfig)
     """Positions."""
+    activation: ActivationConfig = field(default_factory=ActivationConfig)
+    """What layers keep for the backward pass."""
     mix: MixConfig = field(default_factory=MixConfig)
     """Documents."""
     lr_scale: float = 1.0
@@ -635,6 +665,8 @@ class ParallelConfig:
     ffn_tile: int = 0
     """Tokens that a feed-forward takes at once, whose intermediates are then never whole, for 11 matrix products instead of 9; 0 takes
     all of a micro-batch."""
+    compile: CompileMode = CompileMode.AUTO
+    """Kernels of torch.compile for what surrounds attention in each layer: auto (on CUDA), always or never."""
 
     def __post_init__(self) -> None:
         _require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "accepted: 0, 1, 2, 3")

@@ -5,10 +5,12 @@ Shape letters: N packed tokens, V vocabulary. All inputs of a call lie on the mo
 
 from torch import Tensor, nn
 
-from configs.layers import LayerAttention
+from configs.layers import ACTIVATIONS, LayerAttention
 from configs.schema import ModelConfig, RopeConfig
+from model.activations import run_layer
 from model.attention import Attention, check_kinds
 from model.cache import LayerCache
+from model.host_memory import HostMemory
 from model.layers import FeedForward, Head, RMSNorm
 from model.rope import rotary_table
 from model.sequence_parallel import SequenceParallel
@@ -25,7 +27,11 @@ class Block(nn.Module):
         self.ffn = FeedForward(config, ffn_tile)
 
     def forward(self, x: Tensor, *attention_args: object) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), *attention_args)
+        return self.finish(x, self.attention(self.attention_norm(x), *attention_args))
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The layer's output `[N, hidden]` from its input and what attention gives."""
+        x = x + attended
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -56,6 +62,8 @@ class Transformer(nn.Module):
         self.sequence_parallel: SequenceParallel | None = None
         self.set_attention(attention)
         self.set_rope(rope)
+        self.set_activation(("none",) * config.num_layers)
+        self.host = HostMemory()
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, ffn_tile) for _ in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -74,6 +82,16 @@ class Transformer(nn.Module):
         """Switch the rotary positions, between any two steps; nothing else changes. Raises ValueError."""
         self.nope_layers = rope.nope_layers(self.config.num_layers)
         self.rope = rope
+
+    def set_activation(self, per_layer: tuple[str, ...]) -> None:
+        """Switch what layers keep for the backward pass, as from `ActivationConfig.per_layer`, between any two steps; no result
+        changes. Raises ValueError."""
+        if len(per_layer) != self.config.num_layers:
+            raise ValueError(f"activation names {len(per_layer)} layers; the model has num_layers={self.config.num_layers}")
+        for kept in per_layer:
+            if kept not in ACTIVATIONS:
+                raise ValueError(f"activation={kept!r}; accepted: {', '.join(ACTIVATIONS)}")
+        self.activation = tuple(per_layer)
 
     def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits, or the loss of each token where `labels` are given.
@@ -102,5 +120,7 @@ class Transformer(nn.Module):
         for index, layer in enumerate(self.layers):
             cache = caches[index] if caches else None
             turn = None if index in self.nope_layers else table
-            x = layer(x, turn, cu_seqlens, self.attention[index], self.backend, self.workspace, cache, self.sequence_parallel)
+            arguments = (turn, cu_seqlens, self.attention[index], self.backend, self.workspace, cache, self.sequence_parallel)
+            x = run_layer(layer, self.activation[index], self.host, x, *arguments)
+        self.host.settle()
         return self.final_norm(x)

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from configs.schema import ConfigError, OptimConfig, ParallelConfig, Precision
+from configs.schema import CompileMode, ConfigError, OptimConfig, ParallelConfig, Precision
 from data.loader import Batch
-from model.transformer import Transformer
+from model.compiled import compile_layers, graphs_compiled
+from model.transformer import Block, Transformer
 from train.distributed import Ranks, share_rows
 from train.fragments import Fragment, FragmentFolder
 from train.optim import build_optimizer
@@ -104,7 +105,14 @@ class Engine:
         self._stage = parallel.zero_stage
         self._clip_norm = optim.clip_norm
         share_rows(model, parallel.sequence_parallel)
-        self._engine, self._optimizer, _, _ = _deepspeed(ranks.device).initialize(
+        on_gpu = ranks.device.type == "cuda"
+        self._is_compiled = parallel.compile is CompileMode.ALWAYS or (parallel.compile is CompileMode.AUTO and on_gpu)
+        package = _deepspeed(ranks.device)
+        if self._is_compiled:
+            compile_layers(model)
+            if parallel.zero_stage == 3:  # a layer's weights are gathered at once: by its linear maps' hooks it would be inside the graphs
+                package.utils.set_z3_leaf_modules(model, [Block])
+        self._engine, self._optimizer, _, _ = package.initialize(
             model=model,
             optimizer=build_optimizer(model, optim),
             config=deepspeed_config(parallel, optim, num_parameters),
@@ -133,6 +141,10 @@ class Engine:
     def losses(self, batch: Batch) -> torch.Tensor:
         """Losses of this rank's tokens [rows * seq_len / sequence_parallel], fp32, without a backward pass."""
         return self._engine(batch.tokens.flatten(), batch.positions.flatten(), batch.cu_seqlens, batch.labels.flatten())
+
+    def graphs_compiled(self) -> int:
+        """Graphs of torch.compile so far, on this rank; each new one held up a step."""
+        return graphs_compiled() if self._is_compiled else 0
 
     def step(self, lr: float) -> StepResult:
         """The optimizer step at this learning rate. A non-finite gradient leaves weights and moments as they were."""

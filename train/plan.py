@@ -9,22 +9,25 @@ import torch
 
 from configs.checks import check_run, check_vocabulary
 from configs.layers import LayerAttention
-from configs.schema import AttentionBackend, ConfigError, ParallelConfig, PlanConfig, Precision, RunConfig, StageConfig
+from configs.schema import ConfigError, ParallelConfig, PlanConfig, Precision, RunConfig, StageConfig
 from data.manifest import FILE_NAME
 from data.mix import MixReport, report
 from data.shards import Corpus
 from model.accounting import TrainingFlops, exchange_bytes, parameter_counts, training_flops
-from model.memory import PassBytes, effective, pass_bytes, reach
-from model.ops.moba.triton.limits import HEAD_DIMS
+from model.memory import PassBytes, effective, reach
 from model.transformer import Transformer
 from train import checkpoint
 from train.crossover import Crossover, crossover
 from train.engine import deepspeed_config
 from train.gpus import GPUS
 from train.initial import open_initial
+from train.memory import itemsize, stage_bytes
 from train.optim import build_optimizer
 from train.traffic import GATHERED, Exchange, Traffic, exchange, traffic
 from train.trainer import check_heldout, check_mixes
+
+# The next rules for activations.
+_KEEPS_LESS = {"none": ("selective", "full"), "selective": ("full",), "full": ("offload",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +68,6 @@ def reduce_bucket(parallel: ParallelConfig, num_parameters: int) -> int:
     """Elements of the buffer in which DeepSpeed reduces gradients."""
     optimization = deepspeed_config(parallel, RunConfig().optim, num_parameters)["zero_optimization"]
     return int(optimization["reduce_bucket_size"])
-
-
-def itemsize(parallel: ParallelConfig) -> int:
-    """Bytes of a weight or an activation in the forward pass."""
-    return 2 if parallel.precision is Precision.BF16 else 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,33 +186,10 @@ def _plan_stage(config: PlanConfig, stage: StageConfig) -> StagePlan:
             world_size=config.num_gpus,
             accumulates=micro_batches > 1,
         ),
-        held=micro_batch_bytes(config, stage, attention, gpu=True),
+        held=stage_bytes(config, stage, world_size=config.num_gpus, gpu=True),
         sent=sent,
         exchange=exchange(config, sent, computing=seconds),
     )
-
-
-def micro_batch_bytes(config: PlanConfig, stage: StageConfig, attention: Sequence[LayerAttention], *, gpu: bool) -> PassBytes:
-    """What one micro-batch of a stage holds on one rank, in a model whose layers have `attention`."""
-    return pass_bytes(
-        config.model,
-        attention,
-        rows=config.micro_batch_rows(stage, config.num_gpus),
-        seq_len=stage.seq_len,
-        itemsize=itemsize(config.parallel),
-        gpu=gpu,
-        triton_workspace=stage.attention.workspace if gpu and _triton_serves(config, stage, attention) else 0,
-        sequence_parallel=config.parallel.sequence_parallel,
-        loss=config.parallel.loss,
-        ffn_tile=config.parallel.ffn_tile,
-    )
-
-
-def _triton_serves(config: RunConfig, stage: StageConfig, attention: Sequence[LayerAttention]) -> bool:
-    """Whether `backend` comes to Triton on a GPU: what `model.ops.moba.triton.limits` refuses, `auto` gives to torch."""
-    chosen = stage.attention.backend in (AttentionBackend.AUTO, AttentionBackend.TRITON)
-    fits = config.model.head_dim in HEAD_DIMS and config.parallel.precision is Precision.BF16
-    return chosen and fits and all(kind.block_size % 64 == 0 for kind in attention if kind.kind == "moba")
 
 
 def _stage_notes(config: PlanConfig, plan: StagePlan, index: int) -> list[str]:
@@ -240,20 +215,22 @@ def _stage_notes(config: PlanConfig, plan: StagePlan, index: int) -> list[str]:
             "weights": (plan.states.weights, "ZeRO 3 or more GPUs"),
             "gradients": (plan.states.gradients, "ZeRO 2 or 3"),
             "optimizer": (plan.states.optimizer, "ZeRO 1 or higher, or more GPUs"),
-            "activations": (plan.held.activations, _fewer_rows(config, plan)),
-            "logits": (plan.held.logits, _fewer_rows(config, plan)),
+            "activations": (plan.held.activations, _smaller(config, plan, *_KEEPS_LESS.get(plan.stage.activation.rule, ()))),
+            "a layer's backward pass": (plan.held.workspace, _smaller(config, plan)),
+            "logits": (plan.held.logits, _smaller(config, plan)),
         }
         largest, (size, remedy) = max(parts.items(), key=lambda part: part[1][0])
         notes.append(
             f"stages.{index}: needs {plan.memory / 1e9:,.0f} GB a GPU, {config.gpu} has {memory / 1e9:.0f} GB; "
-            f"most of it are {largest}, {size / 1e9:,.0f} GB: {remedy}"
+            f"most of it {'is' if largest.startswith('a ') else 'are'} {largest}, {size / 1e9:,.0f} GB: {remedy}"
         )
     return notes
 
 
-def _fewer_rows(config: PlanConfig, plan: StagePlan) -> str:
+def _smaller(config: PlanConfig, plan: StagePlan, *keeping: str) -> str:
+    """What makes a micro-batch smaller; `keeping` are rules for activations that keep less."""
     bf16 = [] if config.parallel.precision is Precision.BF16 else ["parallel.precision=bf16"]
     key = "micro_batch_tokens" if config.parallel.micro_batch_tokens else "micro_batch_rows"
     rows = [f"a lower parallel.{key}"] if plan.micro_batch_rows > 1 else []
     shared = ["a higher parallel.sequence_parallel"] if config.num_gpus > config.parallel.sequence_parallel else []
-    return " or ".join([*bf16, *rows, *shared, "shorter rows"])
+    return " or ".join([*bf16, *(f"activation.rule={rule}" for rule in keeping), *rows, *shared, "shorter rows"])

@@ -69,7 +69,7 @@ def describe_rope(rope: RopeConfig) -> str:
 
 def _stages(plan: Plan) -> str:
     return table(
-        ["stage", "context", "tokens", "steps", "tokens a step", "micro-batches a rank", "attention of the layers", "RoPE"],
+        ["stage", "context", "tokens", "steps", "tokens a step", "micro-batches a rank", "attention of the layers", "activations", "RoPE"],
         [
             [
                 stage.stage.name,
@@ -79,6 +79,7 @@ def _stages(plan: Plan) -> str:
                 _short(stage.stage.batch_tokens),
                 f"{stage.micro_batches} × {stage.micro_batch_rows} rows",
                 describe_layers(stage.attention),
+                stage.stage.activation.rule,
                 describe_rope(stage.stage.rope),
             ]
             for stage in plan.stages
@@ -107,9 +108,11 @@ def _cost(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> str:
     columns = ["weights", "gradients", "optimizer", "activations", "logits", "a layer's backward", "gate and slots", "at the peak"]
-    return table(["GB a GPU", *columns, f"of {plan.config.gpu}"], [_memory_row(plan, stage) for stage in plan.stages]) + (
-        "\n\nThe peak has the larger of logits and a layer's backward, of which one is over when the other begins. Gate and slots of MoBA "
-        "are part of the latter, before what the FFN has let go of is taken off. The CUDA context and fragmentation come on top."
+    columns += [f"of {plan.config.gpu}", "in host memory"]
+    return table(["GB a GPU", *columns], [_memory_row(plan, stage) for stage in plan.stages]) + (
+        "\n\nThe peak has the larger of logits and a layer's backward, of which one is over when the other begins. The latter has what is "
+        "computed again, and gate and slots of MoBA, before what the FFN has let go of is taken off. The CUDA context and fragmentation "
+        "come on top; torch.compile saves less."
     )
 
 
@@ -117,7 +120,7 @@ def _memory_row(plan: Plan, stage: StagePlan) -> list[str]:
     held, states = stage.held, stage.states
     parts = [states.weights, states.gradients, states.optimizer, held.activations, held.logits, held.workspace, held.gate_and_slots]
     share = stage.memory / GPUS[plan.config.gpu].memory
-    return [stage.stage.name, *(_gb(part) for part in parts), _gb(stage.memory), f"{share:.0%}"]
+    return [stage.stage.name, *(_gb(part) for part in parts), _gb(stage.memory), f"{share:.0%}", _gb(held.host)]
 
 
 def _communication(plan: Plan) -> str:
@@ -162,7 +165,10 @@ def _crossovers(plan: Plan) -> str:
 def _measured(plan: Plan, device: str, figures: Sequence[StageFigures]) -> str:
     rows = []
     for stage, found in zip(plan.stages, figures, strict=True):
-        layers = ", ".join(f"{kind} {_digits(1e3 * layer.seconds)} ms" for kind, layer in found.layers.items())
+        layers = ", ".join(
+            f"{kind}{f', {kept}' if kept != 'none' else ''} {_digits(1e3 * layer.seconds)} ms"
+            for (kind, kept), layer in found.layers.items()
+        )
         rows.append(
             [
                 stage.stage.name,

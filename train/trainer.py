@@ -17,6 +17,7 @@ from train.distributed import Ranks, gather_objects, sum_over_ranks
 from train.engine import Engine
 from train.evaluate import heldout_losses
 from train.gpus import peak_flops
+from train.memory import check_host_memory, stage_bytes
 from train.metrics import Metrics, memory_gib
 from train.optim import learning_rate
 from train.run_dir import git_state
@@ -32,6 +33,7 @@ class Trainer:
         self.skipped = state.skipped if state else 0
         self.skipped_in_a_row = state.skipped_in_a_row if state else 0
         self._stream_state = state.stream if state else None
+        self._graphs = 0  # compiled so far
         self._enter(place_of(run, max(self.done - 1, 0)).stage)  # of the last finished step: a switch is still ahead
 
     def _enter(self, stage: StageConfig) -> None:
@@ -84,6 +86,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         peak = peak_flops(self.ranks.device)
         utilised = peak * self.ranks.world_size * seconds if peak else None
+        graphs_before, self._graphs = self._graphs, self.engine.graphs_compiled()
         metrics.step(
             {
                 "step": self.done,
@@ -99,6 +102,7 @@ class Trainer:
                 "mfu_executed": executed / utilised if utilised else None,
                 "memory_gib": memory_gib(self.ranks.device),
                 "skipped_steps": self.skipped,
+                "recompiles": self._graphs - graphs_before,
                 "data_wait": data_wait / seconds,
                 "padding": counted[-1] / self.stage.batch_tokens,
                 "tokens_by": {key: int(number) for key, number in zip(counts, counted, strict=True) if key != "padding"},
@@ -161,11 +165,12 @@ def _piece_lengths(batches: list[Batch]) -> list[int]:
 
 
 def enter_stage(model: Transformer, run: RunConfig, stage: StageConfig) -> None:
-    """Gives the model the attention and the positions of a stage; its weights stay."""
+    """Gives the model the attention, the positions and the activations of a stage; its weights stay."""
     model.backend = stage.attention.backend.value
     model.workspace = stage.attention.workspace
     model.set_attention(stage.attention.per_layer(run.model.num_layers))
     model.set_rope(stage.rope)
+    model.set_activation(stage.activation.per_layer(run.model.num_layers))
 
 
 def check_heldout(run: RunConfig, corpus: Corpus) -> None:
@@ -194,11 +199,13 @@ def check_mixes(run: RunConfig, corpus: Corpus) -> None:
 
 
 def dry_run(run: RunConfig, engine: Engine, ranks: Ranks, first_step: int) -> None:
-    """One synthetic micro-batch, the largest still to come and of the longest rows, with weight 0, before anything is written:
-    memory trouble shows now, not at night. Raises ConfigError where it does not fit in the GPU's memory."""
+    """One synthetic micro-batch, of the stage still to come that needs most, with weight 0, before anything is written: memory trouble
+    shows now, not at night. Raises ConfigError where it does not fit in the GPU's memory, or in the machine's what it offloads."""
     to_come = run.stages[place_of(run, first_step).index :]
-    shapes = [(run.micro_batch_rows(stage, ranks.world_size), stage.seq_len) for stage in to_come]
-    shape, stage = max(zip(shapes, to_come, strict=True), key=lambda pair: (pair[0][0] * pair[0][1], pair[0][1]))
+    check_host_memory(run, ranks, to_come)
+    gpu = ranks.device.type == "cuda"
+    stage = max(to_come, key=lambda stage: stage_bytes(run, stage, world_size=ranks.world_size, gpu=gpu).peak)
+    shape = (run.micro_batch_rows(stage, ranks.world_size), stage.seq_len)
     enter_stage(engine.module, run, stage)
     tokens = torch.arange(shape[0] * shape[1]).reshape(shape) % run.model.vocab_size
     batch = Batch(
@@ -221,5 +228,5 @@ def dry_run(run: RunConfig, engine: Engine, ranks: Ranks, first_step: int) -> No
         key = "micro_batch_tokens" if run.parallel.micro_batch_tokens else "micro_batch_rows"
         raise ConfigError(
             f"parallel.{key}={getattr(run.parallel, key)}: {shape[0]} rows of seq_len={stage.seq_len} do not fit in a GPU's memory "
-            f"({worst:.1f} GiB were in use); fewer rows, shorter rows, a higher ZeRO stage or bf16 would help"
+            f"({worst:.1f} GiB were in use); fewer rows, shorter rows, more of activation.rule, a higher ZeRO stage or bf16 would help"
         )

@@ -147,7 +147,7 @@ def test_stages_of_a_file_have_the_attention_of_the_run(configs):
         ("model.hiden_size=5", r"^model.hiden_size: no such key, did you mean 'model.hidden_size'\?$"),
         ("hidden_size=5", r"^hidden_size: no such key, did you mean 'model.hidden_size'\?$"),
         ("stages.0.tokns=5", r"^stages.0.tokns: no such key, did you mean 'stages.0.tokens'\?$"),
-        ("+foo=1", r"^foo: no such key; accepted: attention, rope, mix, name, run_dir"),
+        ("+foo=1", r"^foo: no such key; accepted: attention, rope, activation, mix, name, run_dir"),
         ("hydra/launcher=basic", r"^hydra/launcher: no such key; accepted: .*stages"),
         ("attention.rule.0=full", r"^attention.rule.0: no such key, did you mean 'attention.rule'\?$"),
         ("stages.x.tokens=5", r"^stages.x.tokens: no such key, did you mean 'stages.0.tokens'\?$"),

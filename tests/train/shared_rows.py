@@ -25,7 +25,7 @@ from model.memory import pass_bytes
 from model.transformer import Transformer
 from tests.model.helpers import build, tiny_config
 from train import engine as train_engine
-from train.calibrate import saved_bytes
+from train.calibrate import kept_bytes
 from train.distributed import Ranks, find_ranks, run_to_end, share_rows, sum_over_ranks
 from train.engine import Engine, processes
 from train.evaluate import document_losses
@@ -148,8 +148,8 @@ def held(ranks: Ranks) -> dict[str, list[int]]:
         tokens = torch.zeros_like(positions)
         shapes = {"rows": rows, "seq_len": 960, "itemsize": 4, "triton_workspace": 0, "sequence_parallel": ranks.world_size}
         shapes["gpu"] = ranks.device.type == "cuda"
-        reckoned = pass_bytes(config, model.attention, **shapes).activations
-        found[f"{rule}, {rows}"] = [saved_bytes(model, lambda: model.hidden(tokens, positions, bounds)), reckoned]  # noqa: B023
+        reckoned = pass_bytes(config, model.attention, model.activation, **shapes).activations
+        found[f"{rule}, {rows}"] = [kept_bytes(model, lambda: model.hidden(tokens, positions, bounds)), reckoned]  # noqa: B023
     return found
 
 

@@ -315,11 +315,13 @@ def test_a_mistake_is_refused_as_in_training(overrides, message):
 
 def test_measured_figures_stand_beside_the_reckoned():
     rule = "attention.rule='last 1 full, every 2 sliding(16), rest moba(32, 2)'"
-    plan = _plan("model=tiny", "model.num_layers=5", "model.key_conv=3", "rope.nope=every 2", rule, *ONE_LAYER[2:], "device=cpu")
+    kept = "activation.rule='first 2 none, last 1 full, rest selective'"
+    plan = _plan("model=tiny", "model.num_layers=5", "model.key_conv=3", "rope.nope=every 2", rule, kept, *ONE_LAYER[2:], "device=cpu")
     device, (found,) = calibrate(plan)
-    assert [str(kind) for kind in found.layers] == ["moba(32, 2)", "sliding(16)", "full"]
+    layers = ["moba(32, 2) none", "sliding(16) none", "moba(32, 2) selective", "sliding(16) selective", "full full"]
+    assert [f"{kind} {kept}" for kind, kept in found.layers] == layers
     assert found.activations == pytest.approx(found.reckoned, rel=1e-3)
-    layers = sum(found.layers[kind].seconds for kind in plan.stages[0].attention)
+    layers = sum(found.layers[kind].seconds for kind in zip(plan.stages[0].attention, 2 * ["none"] + 2 * ["selective"] + ["full"]))
     assert 0 < found.step_seconds == pytest.approx(plan.stages[0].micro_batches * (found.ends.seconds + layers))
     assert f"Measured on {device}" in markdown(plan, (device, (found,)))
 
