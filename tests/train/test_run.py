@@ -20,9 +20,8 @@ from configs.schema import ConfigError, DataConfig, SourceConfig, SourceFormat, 
 from data.prepare import prepare
 from data.shards import Corpus
 from model.transformer import Transformer
-from tests.train.helpers import STEPS, environment, events, lines, make_run, overrides, small_disk, steps
+from tests.train.helpers import STEPS, environment, events, lines, load_weights, make_run, overrides, small_disk, steps
 from train import checkpoint, saving
-from train.checkpoint import load_weights
 from train.engine import Engine
 from train.fragments import write_fragments
 from train.loop import train
