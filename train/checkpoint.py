@@ -265,9 +265,3 @@ def restore(checkpoint: Path, state: TrainingState, engine: Engine, ranks: Ranks
     own = checkpoint / rng_file(ranks.rank)
     if own.is_file():
         torch.set_rng_state(torch.load(own, weights_only=True)["torch"])
-
-
-def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The parameters in a checkpoint: whole, fp32, on the CPU, by name. Raises ConfigError as `restore` does."""
-    saved = FragmentFolder(checkpoint / ENGINE)
-    return {name: saved.weight(name) for name in saved.shapes}

@@ -14,7 +14,7 @@ from data.shards import Corpus
 from data.tokenizer import copy_tokenizer, tokenizer_hashes
 from model.hf import parameter_shapes
 from model.transformer import Transformer
-from train.checkpoint import ENGINE, TrainingState, load_weights, read_state, resolve
+from train.checkpoint import ENGINE, TrainingState, read_state, resolve
 from train.distributed import gather_objects
 from train.fragments import FragmentFolder
 from train.run_dir import TOKENIZER, unwritable
@@ -119,7 +119,8 @@ def load_into(model: Transformer, folder: Path) -> None:
         source = open_source(str(folder))
         fill(model, source.shapes, source.read)
     else:
-        model.load_state_dict(load_weights(folder))
+        saved = FragmentFolder(folder / ENGINE)
+        fill(model, saved.shapes, saved.weight)
 
 
 def begin_from(run: RunConfig, model: Transformer, corpus: Corpus) -> None:

@@ -39,10 +39,9 @@ from scripts.evaluate import evaluate
 from scripts.figures import plot_losses, plot_positions, read_metrics, short_count
 from tests.data.conftest import make_texts, write_jsonl
 from tests.train.helpers import execute, overrides, start_ranks
-from train import initial
-from train.checkpoint import load_weights
 from train.distributed import Ranks
 from train.evaluate import Scores, choose_documents, document_losses, windows
+from train.fragments import FragmentFolder
 
 CPU = torch.device("cpu")
 QUICK = settings(max_examples=200, deadline=None)
@@ -380,8 +379,9 @@ def test_a_damaged_checkpoint_is_refused_by_name(asked, runs, tmp_path):
 
 def test_losses_that_are_not_finite_and_a_full_disk_leave_nothing(asked, tmp_path, monkeypatch):
     config = asked(f"output_dir={tmp_path}", "contexts=[16]", "max_documents=1")
+    plain = FragmentFolder.weight
     with monkeypatch.context() as patched:
-        patched.setattr(initial, "load_weights", lambda *a, **n: {key: value * math.nan for key, value in load_weights(*a, **n).items()})
+        patched.setattr(FragmentFolder, "weight", lambda self, name: plain(self, name) * math.nan)
         assert "losses are not finite under moba(32, 2) at context 16" in refused(lambda: config)
 
     def full_disk(path: Path, text: str) -> None:

@@ -29,7 +29,7 @@ LAYOUTS = [(0, Precision.FP32), (1, Precision.FP32), (1, Precision.BF16), (2, Pr
 
 def count(stage: int, precision: Precision, ranks: Ranks, *, accumulates: bool) -> dict[str, int]:
     """Bytes in all (at the fullest moment of the second step's backward passes), of the weights, and of the optimizer; and those that
-    this rank sends in the second step, of gradients and of weights."""
+    this rank sends in a step, of gradients and of weights."""
     gc.collect()
     gc.freeze()  # what there is so far is not counted, nor looked through
     parallel, optim = ParallelConfig(zero_stage=stage, precision=precision), OptimConfig()
@@ -44,14 +44,20 @@ def count(stage: int, precision: Precision, ranks: Ranks, *, accumulates: bool) 
             fullest = max(fullest, sum(_reachable().values()))
 
     model.layers[0].register_full_backward_hook(look)  # the last to come: gradients of all the others are there
-    for _ in range(2):
-        with _Collectives() as collectives:
-            if accumulates:
-                engine.micro_step(_batch(), weight=1.0, last=False)
-            engine.micro_step(_batch(), weight=1.0, last=True)
-            look()
-            engine.step(1e-3)
-        armed = True  # the moments are there from now on
+
+    def step() -> None:
+        if accumulates:
+            engine.micro_step(_batch(), weight=1.0, last=False)
+        engine.micro_step(_batch(), weight=1.0, last=True)
+        look()
+        engine.step(1e-3)
+
+    step()
+    armed = True  # the moments are there from now on
+    step()
+    armed = False  # what watches collectives makes tensors reachable that are not else
+    with _Collectives() as collectives:
+        step()
     weights = {parameter.untyped_storage().data_ptr(): parameter.untyped_storage().nbytes() for parameter in model.parameters()}
     inner = engine._engine.optimizer.optimizer if stage else engine._optimizer
     held = [value for state in inner.state.values() for value in state.values() if value.numel() > 1]

@@ -14,8 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from configs.registry import REPOSITORY, compose
 from configs.schema import DataConfig, RunConfig, SourceConfig, SourceFormat, TokenizerConfig
+from train.checkpoint import ENGINE
+from train.fragments import FragmentFolder
 
 _OF_A_LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STEPS, KILLED_IN = 8, 6  # checkpoints at 4 and 8; the kill comes in the 6th step
@@ -73,6 +77,12 @@ def steps(run_dir: Path) -> list[tuple[int, float, float]]:
 def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
     """The events of one name."""
     return [line for line in lines(run_dir) if line.get("event") == name]
+
+
+def load_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The parameters in a checkpoint: whole, fp32, by name."""
+    saved = FragmentFolder(checkpoint / ENGINE)
+    return {name: saved.weight(name) for name in saved.shapes}
 
 
 def launch(arguments: list[str], *, num_ranks: int, timeout: float = 240) -> subprocess.CompletedProcess[str]:

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from configs.schema import AttentionConfig, ConfigError, EvaluateConfig, ModelConfig, RopeConfig, RopeScaling, RunConfig, StageConfig
-from tests.train.helpers import STEPS, events, make_run, steps
-from train.checkpoint import load_weights
+from tests.train.helpers import STEPS, events, load_weights, make_run, steps
 from train.evaluate import attention_settings, context_lengths
 from train.loop import train
 

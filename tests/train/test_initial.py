@@ -29,8 +29,7 @@ from scripts import convert as door
 from scripts.attention_benchmark.trained import Trained
 from scripts.evaluate import evaluate
 from tests.model.test_huggingface import ROPES, make_theirs
-from tests.train.helpers import corpus_config, events, make_run, overrides, start_ranks, steps
-from train.checkpoint import load_weights
+from tests.train.helpers import corpus_config, events, load_weights, make_run, overrides, start_ranks, steps
 from train.loop import train
 from train.plan import Plan, make_plan
 

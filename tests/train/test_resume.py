@@ -14,9 +14,8 @@ from configs.schema import ConfigError, RunConfig
 from data.loader import heldout_rows
 from data.shards import Corpus
 from model.transformer import Transformer
-from tests.train.helpers import KILLED_IN, STEPS, events, launch, lines, make_run, overrides, start_ranks, steps
+from tests.train.helpers import KILLED_IN, STEPS, events, launch, lines, load_weights, make_run, overrides, start_ranks, steps
 from train import saving
-from train.checkpoint import load_weights
 from train.engine import Engine
 from train.fragments import FragmentFolder, write_fragments
 from train.loop import train

@@ -22,9 +22,8 @@ from data.loader import IGNORE, heldout_rows
 from data.prepare import prepare
 from data.shards import Corpus
 from model.transformer import Transformer
-from tests.train.helpers import STEPS, environment, events, lines, make_run, overrides, small_disk, steps
+from tests.train.helpers import STEPS, environment, events, lines, load_weights, make_run, overrides, small_disk, steps
 from train import checkpoint, saving
-from train.checkpoint import load_weights
 from train.engine import Engine
 from train.fragments import write_fragments
 from train.initial import load_into
