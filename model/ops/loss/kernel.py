@@ -30,13 +30,13 @@ def _rows_kernel(
             total = total * tl.exp(highest - higher) + tl.exp(z - higher)
             highest = higher
         top = tl.max(highest)
-        log_sum = top + tl.log(tl.sum(total * tl.exp(highest - top)))
-        tl.store(LOSSES + row, log_sum - tl.load(logits + label).to(tl.float32))
+        log_total = tl.log(tl.sum(total * tl.exp(highest - top)))  # beside `top`, not added to it: of a small loss nothing would be left
+        tl.store(LOSSES + row, log_total - (tl.load(logits + label).to(tl.float32) - top))
         if GRADIENTS:
             for first in range(0, num_columns, BLOCK):
                 inside = first + column < num_columns
                 z = tl.load(logits + first + column, mask=inside, other=0.0).to(tl.float32)
-                gradient = tl.exp(z - log_sum) - tl.where(first + column == label, 1.0, 0.0)
+                gradient = tl.exp(z - top - log_total) - tl.where(first + column == label, 1.0, 0.0)
                 tl.store(logits + first + column, gradient.to(LOGITS.dtype.element_ty), mask=inside)
 
 
