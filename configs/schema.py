@@ -693,6 +693,11 @@ class RunConfig:
         return sum(stage.steps for stage in self.stages)
 
     @property
+    def last_step(self) -> int:
+        """Steps after which the run stops."""
+        return min(self.total_steps, self.max_steps or self.total_steps)
+
+    @property
     def total_tokens(self) -> int:
         """Tokens of all stages, rounded up to whole steps."""
         return sum(stage.steps * stage.batch_tokens for stage in self.stages)

@@ -72,10 +72,9 @@ def _train(run: RunConfig, ranks: Ranks, corpus: Corpus, folder: Path, interrupt
             metrics.event("resume", first_step, checkpoint=str(found))
         elif run.init_from:
             metrics.event("init", 0, weights=run.init_from)
-        end = min(run.total_steps, run.max_steps or run.total_steps)
-        while trainer.done < end:
+        while trainer.done < run.last_step:
             trainer.step(metrics)
-            interrupted, ended = _on_any_rank(interrupt.seen, ranks), trainer.done == end
+            interrupted, ended = _on_any_rank(interrupt.seen, ranks), trainer.done == run.last_step
             # An interrupted run has seconds left: it saves, and leaves the evaluation.
             if not interrupted and (ended or _due(trainer.done, run.evaluation.every_steps)):
                 trainer.evaluate(metrics)
