@@ -76,6 +76,6 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def last_error(log: Path) -> str | None:
-    """The one line in which a training's log tells the user's mistake; None where there is none."""
+    """The line in which a training's log tells the user's mistake, `error: …`; None where there is none."""
     errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error:")]
     return errors[-1] if errors else None

@@ -22,7 +22,7 @@ from configs.registry import command, show
 from configs.schema import SweepConfig
 from scripts.program import quoted, run
 from scripts.sweeps.costs import markdown
-from scripts.sweeps.jobs import make_jobs, require_corpora, search_space
+from scripts.sweeps.jobs import check_corpora, make_jobs, search_space
 from scripts.sweeps.multirun import multirun
 from scripts.sweeps.results import FILE, read
 from scripts.sweeps.table import JobTable
@@ -58,7 +58,7 @@ def sweep(config: SweepConfig) -> None:
         )
         return
     left = [job for job in jobs if job.key not in done]
-    require_corpora(left)
+    check_corpora(left)
     for job in left:
         error_file(config, job.name).unlink(missing_ok=True)
     with JobTable(config, jobs) as table:

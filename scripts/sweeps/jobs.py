@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from configs.checks import check_run
+from configs.checks import check_run, check_vocabulary
 from configs.mapping import to_mapping
 from configs.registry import compose
 from configs.schema import ConfigError, RunConfig, SweepConfig
@@ -16,6 +16,7 @@ from data.shards import Corpus
 from scripts.program import quoted
 from scripts.sweeps.multirun import combinations, is_interval, searched
 from train.run_dir import IDENTITY
+from train.trainer import check_heldout, check_mixes
 
 # The sweep sets these itself.
 _OURS = ("name", "run_dir", "resume", "logging.progress")
@@ -122,7 +123,14 @@ def _word(setting: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.]+", "_", f"{last}{value}").strip("_")
 
 
-def require_corpora(jobs: Sequence[Job]) -> None:
-    """Raises ConfigError where a corpus that jobs read is not prepared."""
-    for folder in dict.fromkeys(job.run.data.prepared_dir for job in jobs):
-        Corpus.open(folder, verify=False)
+def check_corpora(jobs: Sequence[Job]) -> None:
+    """Raises ConfigError where a corpus that jobs read is not prepared, or does not have what training asks of it."""
+    corpora = {folder: Corpus.open(folder, verify=False) for folder in dict.fromkeys(job.run.data.prepared_dir for job in jobs)}
+    for job in jobs:
+        folder = job.run.data.prepared_dir
+        try:
+            check_vocabulary(job.run, corpus=folder, vocab_size=corpora[folder].vocab_size)
+            check_mixes(job.run, corpora[folder])
+            check_heldout(job.run, corpora[folder])
+        except ConfigError as error:
+            raise ConfigError(f"job {job.name}: {error}") from None

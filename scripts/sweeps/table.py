@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from configs.schema import SweepConfig
 from scripts.figures import read_metrics
@@ -104,7 +105,7 @@ class JobTable:
         for column in ("job", "status", "step", "loss", "tokens/s", ""):
             table.add_column(column, justify="left" if column in ("job", "status", "") else "right")
         for name, state in states.items():
-            table.add_row(name, state.status, *self._figures(name, state), state.error)
+            table.add_row(name, state.status, *self._figures(name, state), Text(state.error))  # a message's brackets are no markup
         return table
 
     def _figures(self, name: str, state: State) -> list[Any]:

@@ -83,7 +83,9 @@ def _train(config: SweepConfig, job: Job, environment: dict[str, str], log: IO[b
         process.wait()
         wait_for_heirs(path)
     if not is_trained(job.run):
-        raise ConfigError(last_error(path) or f"training ended with status {status} before its last step; see {path}")
+        raise ConfigError(
+            (last_error(path) or "").removeprefix("error: ") or f"training ended with status {status} before its last step; see {path}"
+        )
 
 
 def _on_gpu(job: Job) -> bool:

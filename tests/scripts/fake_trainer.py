@@ -29,7 +29,7 @@ def write(**values: object) -> None:
 
 began = time.monotonic()
 if told("fail"):
-    print("error: stages.0: cannot be", flush=True)
+    print("error: stages.0: [cannot] be", flush=True)
     sys.exit(2)
 run_dir.mkdir(exist_ok=True)
 done = len(metrics.read_text().splitlines()) if metrics.exists() else 0

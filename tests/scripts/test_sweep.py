@@ -1,6 +1,7 @@
 """Sweeps: which jobs a file and a command line make, what each costs, and that they are run, skipped, resumed and told apart."""
 
 import csv
+import io
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from configs.layers import LayerAttention
 from configs.mapping import first_difference, to_mapping
@@ -26,6 +28,7 @@ from scripts.sweeps import task
 from scripts.sweeps.costs import plan_of
 from scripts.sweeps.jobs import Job, make_jobs
 from scripts.sweeps.results import COLUMNS, arm, read
+from scripts.sweeps.table import JobTable
 from tests.scripts.test_quickstart import still_running
 from tests.train.helpers import environment, steps
 
@@ -253,18 +256,26 @@ def test_results_of_another_machine_count(folder, corpus, monkeypatch, tmp_path)
 
 def test_a_job_that_fails_stops_no_other_and_is_named(folder, corpus, monkeypatch, capsys):
     (folder / "fail").write_text("full-seed1")
+    words = arguments(folder, corpus)
     with pytest.raises(SystemExit) as ended:
-        run(monkeypatch, *arguments(folder, corpus))
+        run(monkeypatch, *words)
     assert ended.value.code == 1
     told = capsys.readouterr().err.splitlines()
-    assert told[-2] == "1 of 4 jobs failed:" and told[-1].startswith("full-seed1-") and told[-1].endswith(": error: stages.0: cannot be")
+    assert told[-2] == "1 of 4 jobs failed:" and told[-1].startswith("full-seed1-") and told[-1].endswith(": stages.0: [cannot] be")
+    assert sum("training" in line for line in told) >= 1 and sum(line.endswith(" done held-out loss 6.1000") for line in told) == 3
+    config = config_of(*[word for word in words if word.partition("=")[0] in ("sweep", "sweep_dir")])
+    with Console(width=120, file=io.StringIO(), record=True) as console:
+        table = JobTable(config, [])
+        console.print(table._table(table.states()))
+    shown = console.export_text()
+    assert shown.count("done") == 4 and "failed" in shown and "stages.0: [cannot] be" in shown and "6.1000" in shown
     assert [one["job"] for one in launches(folder)] == ["full-seed0", "moba-seed0", "moba-seed1"]
     (folder / "fail").unlink()
     run(monkeypatch, *arguments(folder, corpus))
     assert [one["job"] for one in launches(folder)][3:] == ["full-seed1"] and not list(folder.glob("*.error"))
 
 
-@pytest.mark.parametrize("words", [["model.hiden_size=3"], ["concurent=2"], ["data.prepared_dir=/nowhere"]])
+@pytest.mark.parametrize("words", [["model.hiden_size=3"], ["concurent=2"], ["data.prepared_dir=/nowhere"], ["model.vocab_size=400"]])
 def test_nothing_is_started_or_written_for_a_mistake(folder, corpus, monkeypatch, capsys, words):
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, *arguments(folder, corpus, *words))
