@@ -97,7 +97,9 @@ def _gaps(study: Study) -> str:
         rows.append(
             [f"{reference} − {gap.arm}", "between the laws, largest", f"{gap.at_largest.value:+.4f}", _range(gap.at_largest, digits=4)]
         )
-    note = "Nats a token, pairs of the same size, tokens and seed; negative where the first is better. The paper, at 8K: within 0.001."
+    note = "Nats a token, pairs of the same size, tokens and seed; negative where the first is better."
+    if paper_law(study, reference, ALL):
+        note += " The paper, at 8K: within 0.001."
     return f"{table(['gap', 'parameters', 'nats', 'interval'], rows, texts=2)}\n\n{note}"
 
 
