@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from configs.layers import LayerAttention
 from configs.schema import ConfigError, DataConfig, EvaluateConfig, RunConfig, StageConfig
@@ -269,11 +271,23 @@ def document_losses(
             torch.from_numpy(np.concatenate(part)).to(device)
             for part in ([tokens[place] for place in places], [np.arange(len(place)) for place in places], labels)
         )
-        found = model(fed, positions, torch.from_numpy(bounds.astype(np.int32)), targets).double().cpu().numpy()
+        found = _all_losses(model, fed, positions, torch.from_numpy(bounds.astype(np.int32)), targets).double().cpu().numpy()
         for window, low, high in zip(group, bounds, bounds[1:]):
             losses[window.first - 1 : window.stop] = found[low:high][window.first - 1 - window.start :]
         advance(group[-1].stop - group[0].first + 1)
     return losses
+
+
+def _all_losses(model: Transformer, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, labels: Tensor) -> Tensor:
+    """fp32 losses [N] of all tokens, on every rank where ranks share them; a document of padding makes their number divide."""
+    ranks = model.sequence_parallel
+    if ranks is None:
+        return model(tokens, positions, cu_seqlens, labels)
+    num_tokens, spare = len(tokens), -len(tokens) % ranks.degree
+    if spare:
+        tokens, positions, labels = (pad(part, (0, spare)) for part in (tokens, positions, labels))
+        cu_seqlens = pad(cu_seqlens, (0, 1), value=num_tokens + spare)
+    return ranks.all_tokens(model(tokens, positions, cu_seqlens, labels))[:num_tokens]
 
 
 def _grouped(items: Iterable[Window], size: int) -> Iterator[list[Window]]:
