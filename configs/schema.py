@@ -138,6 +138,23 @@ class AttentionKernel(Enum):
     FULL = "full"
 
 
+class SweepLauncher(Enum):
+    """What starts the jobs of a sweep: `local` on this machine, `submitit_local` too but as a cluster's would be, in processes that
+    outlive a terminal, `submitit_slurm` as jobs of a SLURM cluster."""
+
+    LOCAL = "local"
+    SUBMITIT_LOCAL = "submitit_local"
+    SUBMITIT_SLURM = "submitit_slurm"
+
+
+class Compute(Enum):
+    """What a fit calls compute: `6nd`, six FLOPs a token and parameter without embeddings, as the papers plot it, or the FLOPs that were
+    `executed`, head and attention included."""
+
+    SIX_ND = "6nd"
+    EXECUTED = "executed"
+
+
 class Packing(Enum):
     """How documents fill rows. `concat`: laid end to end and cut where rows end, so no token is padding and most documents are cut.
     `best_fit`: documents of up to a row stay whole, longer ones are cut at row ends, and rows are padded, by at most 1 %.
@@ -799,6 +816,11 @@ class RunConfig:
         return sum(stage.steps for stage in self.stages)
 
     @property
+    def last_step(self) -> int:
+        """Steps after which the run stops."""
+        return min(self.total_steps, self.max_steps or self.total_steps)
+
+    @property
     def total_tokens(self) -> int:
         """Tokens of all stages, rounded up to whole steps."""
         return sum(stage.steps * stage.batch_tokens for stage in self.stages)
@@ -836,6 +858,73 @@ class PlanConfig(RunConfig):
         _require(0 < self.mfu <= 1, "mfu", self.mfu, "must lie in (0, 1]")
         degree = self.parallel.sequence_parallel
         _require(not self.measure or degree == 1, "measure", True, f"one device cannot share rows; parallel.sequence_parallel={degree}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """`scripts.sweep`: many training runs, of which each is a job of its own."""
+
+    sweep_dir: str = ""
+    """Folder of the results, the logs and the jobs' run folders, relative to the repository root."""
+    settings: tuple[str, ...] = ()
+    """key=value of train.main, for every job; of several values, `a,b` or `range(0,3)`, every one makes jobs of its own."""
+    grids: tuple[tuple[str, ...], ...] = ((),)
+    """Lists of such settings: each over `settings` makes its jobs, every combination of the values that it has."""
+    overrides: tuple[str, ...] = ()
+    """Such settings over both: all that the command line says besides the keys of a sweep."""
+    trials: int = 0
+    """Jobs that optuna chooses, by the held-out loss of those before, from settings that are `interval(low, high)` (also
+    `tag(log, …)` and `choice(…)`); 0: no search."""
+    launcher: SweepLauncher = SweepLauncher.LOCAL
+    """local, submitit_local or submitit_slurm."""
+    hydra_settings: tuple[str, ...] = ()
+    """Settings of Hydra's launcher or sweeper, such as hydra.launcher.partition=gpu; on the command line without this key."""
+    concurrent: int = 1
+    """Jobs at a time. On one machine they take turns at its GPUs, several on one where there are fewer."""
+    gpus_per_job: int = 1
+    """Ranks of a job, one to a GPU (or one to a gloo rank where there is no GPU)."""
+    gpu: str = "H200"
+    """Kind of GPU that the plan is for, one of those in `train/gpus.py`."""
+    mfu: float = 0.4
+    """Share of its bf16 peak at which the plan has executed FLOPs run."""
+    dry_run: bool = False
+    """Print the jobs and what they cost, and start none; `--dry-run` says the same."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.sweep_dir), "sweep_dir", repr(self.sweep_dir), "must be a folder; choose a sweep that has one: sweep=NAME")
+        _require(len(self.grids) > 0, "grids", "[]", "must hold at least one list; [[]] takes the settings alone")
+        _at_least(self, 0, "trials")
+        _at_least(self, 1, "concurrent", "gpus_per_job")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """`scripts.fit`: scaling laws of a sweep's results."""
+
+    results: str = ""
+    """results.csv of a sweep, or several joined under one header."""
+    arms: tuple[str, ...] = ()
+    """Arms to fit, as the column `arm` has them, such as full or moba(512, 3): the gap is the first minus each other. Empty: all, full
+    first."""
+    compute: Compute = Compute.SIX_ND
+    """6nd or executed."""
+    offset: bool = False
+    """Fit L = e + a·C^b instead of L = a·C^b."""
+    huber: float = 0.01
+    """Residual of log(loss) beyond which a point pulls no stronger."""
+    resamples: int = 1000
+    """Bootstrap fits behind each interval."""
+    seed: int = 0
+    """Seeds the bootstrap."""
+    output_dir: str = ""
+    """Folder of fit.md and fit.png; empty: that of the results."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.results), "results", repr(self.results), "must be the results.csv of a sweep")
+        _require(len(set(self.arms)) == len(self.arms), "arms", list(self.arms), "must not hold the same twice")
+        _require(self.huber > 0, "huber", self.huber, "must be positive")
+        _at_least(self, 2, "resamples")
+        _at_least(self, 0, "seed")
 
 
 @dataclass(frozen=True, kw_only=True)

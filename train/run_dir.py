@@ -25,7 +25,7 @@ CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What makes a run the run it is; everything else may change between two launches of it.
-_IDENTITY = ("seed", "init_from", "model", "stages", "optim")
+IDENTITY = ("seed", "init_from", "model", "stages", "optim")
 _PACKAGES = ("torch", "deepspeed", "triton", "hydra-core", "datasets", "transformers", "safetensors", "sentencepiece", "numpy", "wandb")
 
 
@@ -79,11 +79,16 @@ def _check_owner(folder: Path, run: RunConfig) -> None:
     except (ValueError, TypeError):
         raise ConfigError(f"run_dir={folder}: {CONFIG_FILE} is damaged; choose another folder") from None
     now = to_mapping(run)
-    for key in _IDENTITY:
+    for key in IDENTITY:
         difference = first_difference(before[key], now[key], key)
         if difference:
             where, old, new = difference
             raise ConfigError(f"run_dir={folder}: belongs to another run: {where} is {old} there and {new} here; choose another run_dir")
+
+
+def is_trained(run: RunConfig) -> bool:
+    """Whether the run's folder holds the checkpoint after its last step."""
+    return (Path(run.run_dir) / CHECKPOINTS / f"step_{run.last_step:08d}").is_dir()
 
 
 @contextlib.contextmanager

@@ -25,6 +25,11 @@ SIZES = {  # millions of parameters: without embeddings, total
     "llama_8b": (6979.3, 8030.3),
     "qwen2_7b": (6525.6, 7615.6),
     "llama_1b9": (1586.1, 1914.4),
+    "law_1m5": (1.511, 3.608),
+    "law_5m": (5.311, 8.457),
+    "law_13m": (12.85, 17.04),
+    "law_25m": (24.79, 30.04),
+    "law_66m": (65.84, 73.18),
 }
 PAPER = {"paper_545m": 545, "paper_822m": 822, "paper_1b1": 1100, "paper_1b5": 1500, "paper_2b1": 2100}
 
@@ -42,6 +47,13 @@ def test_models_of_the_paper_have_its_sizes(name):
     assert parameter_counts(config).non_embedding / 1e6 == pytest.approx(PAPER[name], rel=5e-3)
     assert config.num_layers == config.num_heads == config.num_kv_heads
     assert config.hidden_size == config.num_heads * config.head_dim and config.head_dim == 128
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("model/law_*.yaml")), ids=lambda path: path.stem)
+def test_small_models_of_the_scaling_law_are_shaped_as_the_papers(path):
+    config = ModelConfig(**yaml.safe_load(path.read_text()))
+    assert config.num_layers == config.num_heads == config.num_kv_heads and config.head_dim == 128
+    assert config.hidden_size == 128 * config.num_heads and 2.4 < config.ffn_size / config.hidden_size < 2.8
 
 
 @pytest.mark.parametrize("name", ["flashmoba_340m", "flashmoba_1b"])

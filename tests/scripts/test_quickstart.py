@@ -12,7 +12,7 @@ import pytest
 
 from configs.mapping import to_mapping
 from configs.registry import REPOSITORY
-from scripts import quickstart
+from scripts import launching, quickstart
 from tests.train.helpers import events, steps
 
 STEPS = 60
@@ -113,7 +113,7 @@ def test_a_training_that_fails_ends_the_other_and_shows_its_error_and_its_log(he
     fails = "case $* in *name=quickstart_moba*) echo starting; echo 'error: a=1: no'; echo 'launcher: exits' >&2; exit 2;; esac"
     launcher.write_text(f"#!/bin/sh\n{fails}\nsleep 300\n")
     launcher.chmod(0o755)
-    monkeypatch.setattr(quickstart.shutil, "which", lambda name, path: str(launcher))
+    monkeypatch.setattr(launching.shutil, "which", lambda name, path: str(launcher))
     monkeypatch.setattr(quickstart.torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as ended:
         quickstart._train(quickstart._plan(MINIATURE), MINIATURE)

@@ -1,0 +1,40 @@
+"""Scaling laws of a sweep's results: `python -m scripts.fit results=outputs/sweeps/NAME/results.csv`.
+
+    offset=true              fit L = e + a·C^b instead of L = a·C^b
+    compute=executed         C of the FLOPs that were executed, instead of 6ND
+    arms='["full","moba(512, 3)"]'          these arms, gaps to the first
+
+A law for each arm, over all positions and by range of positions, with bootstrap intervals; the largest size foretold from the smaller ones;
+the gap between arms; the paper's lines beside them where axes agree. Writes fit.md and fit.png beside the results, or into output_dir.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # started by its path: the folder of this file would shadow top-level packages, the root would be missing
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from configs.registry import command, show
+from configs.schema import FitConfig
+from scripts.program import run
+from scripts.scaling.report import markdown, plot
+from scripts.scaling.study import study
+from train.run_dir import unwritable, write_atomically
+
+
+@command(FitConfig, config_name="fit")
+def main(config: FitConfig) -> None:
+    """Fits, writes and prints the report."""
+    found = study(config)
+    folder = Path(config.output_dir) if config.output_dir else Path(config.results).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        plot(found, folder / "fit.png")
+        write_atomically(folder / "fit.md", markdown(found))
+    except OSError as error:
+        raise unwritable(f"output_dir={folder}", error) from None
+    show("\n".join([markdown(found), str(folder / "fit.md"), str(folder / "fit.png")]))
+
+
+if __name__ == "__main__":
+    run(main, interrupted="nothing was written")

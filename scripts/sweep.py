@@ -1,0 +1,83 @@
+"""Many trainings from one command: `python -m scripts.sweep sweep=NAME key=value ...`, NAME one of configs/sweep/.
+
+    --dry-run                              print the jobs with FLOPs, tokens, memory and time, and start none
+    seed=0,1 optim.lr=1e-3,2e-3            any key of train.main; of several values, every one makes jobs of its own
+    concurrent=2 gpus_per_job=1            jobs at a time, and GPUs of each
+    trials=20 'optim.lr=tag(log, interval(1e-4, 1e-2))'         let optuna choose the values
+    launcher=submitit_slurm hydra.launcher.partition=gpu        or let a cluster run the jobs
+
+A Hydra multirun that starts one deepspeed launch a job. Results go to results.csv in the sweep's folder. Started again, it goes on where
+it stopped: jobs that results.csv has are skipped, wherever they were trained; interrupted ones resume. A job that fails stops no other;
+the command then ends with status 1 and names it.
+"""
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+if not __package__:  # started by its path: the folder of this file would shadow top-level packages, the root would be missing
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from configs.registry import command, show
+from configs.schema import SweepConfig
+from scripts.program import quoted, run
+from scripts.sweeps.costs import markdown
+from scripts.sweeps.jobs import check_corpora, make_jobs, search_space
+from scripts.sweeps.multirun import multirun
+from scripts.sweeps.results import FILE, read
+from scripts.sweeps.table import JobTable
+from scripts.sweeps.task import Task, error_file, log_file
+
+_OWN = {"sweep", *(item.name for item in fields(SweepConfig))}
+
+
+def main() -> None:
+    """Gives the sweep its own keys, and the jobs the others."""
+    words = ["dry_run=true" if text == "--dry-run" else text for text in sys.argv[1:]]
+    own = [text for text in words if text.startswith("-") or text == "job" or text.partition("=")[0] in _OWN]
+    others = [text for text in words if text not in own]
+    of_hydra = [text for text in others if text.startswith(("hydra.", "hydra/"))]
+    of_jobs = [text for text in others if text not in of_hydra]
+    lists = {"hydra_settings": of_hydra, "overrides": of_jobs}
+    sys.argv[1:] = [*own, *(f"{key}=[{','.join(map(quoted, texts))}]" for key, texts in lists.items() if texts)]
+    sweep()
+
+
+@command(SweepConfig, config_name="sweep")
+def sweep(config: SweepConfig) -> None:
+    """Runs what is not done yet. Every job is checked before the first one starts."""
+    space = search_space(config) if config.trials else {}
+    jobs = [] if config.trials else make_jobs(config)
+    results = Path(config.sweep_dir) / FILE
+    done = {row["key"] for row in read(results)}
+    if config.dry_run:
+        show(
+            markdown(config, jobs, done)
+            if jobs
+            else f"{config.trials} jobs with {', '.join(f'{key}={text}' for key, text in space.items())}"
+        )
+        return
+    left = [job for job in jobs if job.key not in done]
+    check_corpora(left)
+    for job in left:
+        error_file(config, job.name).unlink(missing_ok=True)
+    with JobTable(config, jobs) as table:
+        if space:
+            multirun(config, Task(config=config, space=tuple(space)), list(space.values()))
+        elif left:
+            multirun(config, Task(config=config, jobs=left), [",".join(map(str, range(len(left))))])
+        states = table.states()
+    failed = {name: state.error or f"did not end, see {log_file(config, name)}" for name, state in states.items() if state.status != "done"}
+    if failed:
+        _end(config, failed, len(states))
+    show("\n".join([f"{len(states)} jobs done", str(results)]))
+
+
+def _end(config: SweepConfig, failed: dict[str, str], number: int) -> None:
+    lines = [f"{name}: {error}" for name, error in failed.items()]
+    print("\n".join([f"{len(failed)} of {number} jobs failed:", *lines]), file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    run(main, interrupted="run it again to go on")
