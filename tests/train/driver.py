@@ -1,6 +1,6 @@
 """Several trainings in one launch, because importing torch and deepspeed costs more than a tiny run: driver JOBS.json.
 
-A job is {"overrides": [...], "kill_in_step": n or null}; a killed job ends every rank's process by SIGKILL on rank 0, after the
+A job is {"overrides": [...], "kill_in_step": n or null}, and for streamed sources perhaps "group": tokens of a group; a killed job ends every rank's process by SIGKILL on rank 0, after the
 backward pass of that step and before its optimizer step.
 """
 
@@ -10,6 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
+import data.streaming
 from configs.checks import check_run
 from configs.registry import compose
 from configs.schema import Device, RunConfig
@@ -38,6 +39,7 @@ def main() -> None:
         for job in json.loads(Path(sys.argv[1]).read_text()):
             if job["kill_in_step"]:
                 _kill_in_step(job["kill_in_step"], ranks.is_main)
+            data.streaming.SHUFFLE_TOKENS = job.get("group", data.streaming.SHUFFLE_TOKENS)
             run = compose(RunConfig, config_name="train", overrides=job["overrides"])
             check_run(run, world_size=ranks.world_size)
             train(run, ranks)

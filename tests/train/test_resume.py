@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.helpers import KILLED_IN, STEPS, events, launch, overrides, start_ranks, steps
+from tests.train.helpers import KILLED_IN, STEPS, events, launch, lines, overrides, start_ranks, steps, streamed_overrides
 
 STAGES = (0, 1, 2, 3)
 # fp32 sums in another order, carried through the steps by Adam, whose first steps divide rounding by itself.
@@ -24,11 +24,16 @@ def _job(corpus: Path, run_dir: Path, stage: int, kill: int | None = None) -> di
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory) -> dict[int, Path]:
-    """For one rank and for two, a folder with one unbroken run for each ZeRO stage."""
+    """For one rank and for two, a folder with one unbroken run for each ZeRO stage; for two also a streamed one, and a branch off it."""
     folders = {}
     for num_ranks in (1, 2):
         folder = folders[num_ranks] = tmp_path_factory.mktemp(f"whole_{num_ranks}")
         jobs = [_job(corpus, folder / f"zero{stage}", stage) for stage in STAGES]
+        if num_ranks == 2:
+            more = ["parallel=zero1", *streamed_overrides(corpus, folder)]
+            resume = f"resume={folder}/streamed/checkpoints/step_00000004"
+            for name, where in (("streamed", ()), ("streamed_branch", (resume,))):
+                jobs.append({"overrides": overrides(corpus, folder / name, *more, *where), "kill_in_step": None, "group": 3000})
         done = _drive(jobs, folder, num_ranks, launch if num_ranks > 1 else start_ranks)
         assert done.returncode == 0, done.stderr
     return folders
@@ -52,6 +57,14 @@ def test_a_killed_run_goes_on_to_the_bit(whole, corpus, tmp_path, stage, num_ran
 
 def _state(run_dir: Path) -> dict:
     return json.loads((run_dir / "checkpoints" / f"step_{STEPS:08d}" / "state.json").read_text())
+
+
+def test_a_streamed_run_on_two_ranks_goes_on_to_the_bit(whole):
+    run, branch = whole[2] / "streamed", whole[2] / "streamed_branch"
+    assert len(steps(run)) == STEPS and steps(branch) == steps(run)[4:]
+    assert events(branch, "evaluation")[-1] == events(run, "evaluation")[-1]
+    assert len(_state(run)["stream"]["ranks"]) == 2 and _state(branch)["stream"] == _state(run)["stream"]
+    assert all(sum(line["tokens_by"].values()) == 2 * 512 for line in lines(run) if "event" not in line)  # by source, and by length
 
 
 def test_every_layout_trains_alike(whole):
