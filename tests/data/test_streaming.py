@@ -42,6 +42,7 @@ from data.prepare import is_heldout, text_digest
 from data.reading import Place, ReadAhead, read
 from data.tokenizer import load_tokenizer
 from tests.data.conftest import make_texts, write_jsonl
+from tests.data.test_documents import hub  # noqa: F401 (a fixture)
 from tests.data.test_loader import rows_of
 
 ROOT = Path(__file__).parents[2]
@@ -239,6 +240,20 @@ def test_fifty_kills_change_nothing(tmp_path, model_file):
             killed += 1
     assert killed > 50 and found == unbroken
     assert min(passes.values()) > 1 and world.loaders[0].epochs() == passes
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_data_set_of_the_hub_goes_on_from_any_step(hub, model_file, world_size):  # noqa: F811
+    """As `datasets` streams and splits it; its own state goes through JSON."""
+    config = config_of(model_file, source_of("owner/set", SourceFormat.HUB), heldout_fraction=0.0)
+    with inline(200):
+        world, found = World(config, world_size), []
+        unbroken, state = [world.step() for _ in range(4)], None
+        for _ in range(4):
+            world = World(config, world_size, state=state)
+            found.append(world.step())
+            state = world.state()
+        assert found == unbroken and any(place["place"]["reader"] for rank in state["ranks"] for place in rank.values())
 
 
 PROGRAM = """
