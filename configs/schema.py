@@ -760,6 +760,12 @@ class InspectConfig:
     """Also look for the windows of held-out documents in training documents."""
     verify: bool = False
     """Also compare every file with its checksum."""
+    mix: MixConfig = field(default_factory=MixConfig)
+    """With one, also what a stage under it trains on, in rows of `seq_len`."""
+    seq_len: int = 2048
+    """Tokens in a row of that stage."""
+    training_tokens: int = 0
+    """Tokens of that stage; 0: as many as the corpus has for training."""
     output_dir: str = "outputs/inspect"
     """Folder of the figure, NAME-lengths.png by the corpus's folder NAME."""
 
@@ -767,6 +773,8 @@ class InspectConfig:
         _require(bool(self.prepared_dir), "prepared_dir", repr(self.prepared_dir), "must be given: python -m scripts.inspect_data FOLDER")
         _require(self.split in ("train", "heldout"), "split", self.split, "accepted: train, heldout")
         _at_least(self, -1, "document")
+        _at_least(self, 1, "seq_len")
+        _at_least(self, 0, "training_tokens")
         first, dots, stop = self.tokens.partition("..")
         whole = not self.tokens or (dots and first.isdecimal() and stop.isdecimal() and int(first) < int(stop))
         _require(bool(whole), "tokens", self.tokens, "must be FIRST..STOP, such as 1000..1200")
