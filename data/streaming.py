@@ -176,11 +176,6 @@ class StreamedCorpus:
         """In the order of the config."""
         return [source.name for source in self.config.sources]
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """What documents are tokenised with."""
-        return load_tokenizer(self._tokenizer_file)
-
     def split(self, name: str) -> DocumentList:
         """The held-out documents: the others are known as they come."""
         assert name == "heldout"

@@ -502,7 +502,8 @@ def test_held_out_documents_are_those_of_preparation_and_never_trained_on(config
         count = table.num_documents
         assert [table.label(i) for i in range(count)] == held[:count]
         assert table.lengths.sum() >= 600 > table.lengths[:-1].sum()
-        assert [corpus.tokenizer.decode(table.tokens(i)) for i in range(count)] == [texts[name] for name in held[:count]]
+        tokenizer = load_tokenizer(corpus.folder)
+        assert [tokenizer.decode(table.tokens(i)) for i in range(count)] == [texts[name] for name in held[:count]]
         assert len(heldout_rows(corpus, seq_len=64, rows=4)) == 4
         trained = set(names(World(config), 80))
     assert trained == set(texts) - set(held)
