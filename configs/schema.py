@@ -4,6 +4,7 @@ Standard library only. Each class checks itself in `__post_init__` and raises `C
 the value given and what is accepted; checks that need two objects live in `configs.checks`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -138,6 +139,13 @@ class DataRow(Enum):
     LOADING = "loading"
 
 
+class TrainingRow(Enum):
+    """Rows of the training benchmark: `framework` is this program, `transformers` Hugging Face's class of the same sizes, on one GPU."""
+
+    FRAMEWORK = "framework"
+    TRANSFORMERS = "transformers"
+
+
 class InvalidText(Enum):
     """What preparation does with bytes that are not UTF-8."""
 
@@ -160,6 +168,12 @@ def _fraction(owner: object, *keys: str) -> None:
     for key in keys:
         value = getattr(owner, key)
         _require(0 <= value <= 1, key, value, "must lie between 0 and 1")
+
+
+def parse_bounds(text: str) -> tuple[int, int] | None:
+    """The numbers of `10..12`; None where it is something else."""
+    first, _, last = text.partition("..")
+    return (int(first), int(last)) if first.isdecimal() and last.isdecimal() else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +217,13 @@ class ModelConfig:
         _require(self.key_conv in (0, 3, 5), "key_conv", self.key_conv, "accepted: 0, 3, 5")
         _require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
         _require(self.init_std > 0, "init_std", self.init_std, "must be positive")
+
+    def kv_copies(self, degree: int) -> int:
+        """How often each KV head is there among `degree` ranks that share rows, so that each has as many and needs no other's.
+
+        Copied so often, KV heads are a multiple of `degree` that divides num_heads, as both num_kv_heads and `degree` divide it.
+        """
+        return degree // math.gcd(self.num_kv_heads, degree)
 
 
 # Fields of RopeConfig that a form of scaling reads, besides theta.
@@ -589,22 +610,28 @@ class ParallelConfig:
 
     zero_stage: int = 1
     """DeepSpeed ZeRO stage: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters sharded."""
+    sequence_parallel: int = 1
+    """Ranks that share rows, each with a stretch of their tokens (Ulysses); divides the ranks, the query heads and every row length."""
     micro_batch_rows: int = 1
-    """Rows in one forward pass on one rank, unless micro_batch_tokens is given."""
+    """Rows in one forward pass on one rank, or on the ranks that share them, unless micro_batch_tokens is given."""
     micro_batch_tokens: int = 0
-    """Tokens in one forward pass on one rank, at most, but a row at least: each stage takes as many of its rows as fit and divide the
-    rank's share of a step; 0 leaves it to micro_batch_rows."""
+    """Tokens in one forward pass on one rank, at most, but a row (or the rank's stretch of it) at least: each stage takes as many of its
+    rows as fit and divide the rank's share of a step; 0 leaves it to micro_batch_rows."""
     precision: Precision = Precision.FP32
     """fp32 or bf16."""
 
     def __post_init__(self) -> None:
         _require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "accepted: 0, 1, 2, 3")
-        _at_least(self, 1, "micro_batch_rows")
+        _at_least(self, 1, "sequence_parallel", "micro_batch_rows")
         _at_least(self, 0, "micro_batch_tokens")
         one_of = self.micro_batch_rows == 1 or not self.micro_batch_tokens
         _require(one_of, "micro_batch_tokens", self.micro_batch_tokens, f"leave it out, or micro_batch_rows={self.micro_batch_rows}")
         # DeepSpeed 0.19's bf16 path without ZeRO starts Adam's step counter one too high: first updates about 0.73 of what they should be.
         _require(not (self.zero_stage == 0 and self.precision is Precision.BF16), "zero_stage", 0, "bf16 needs ZeRO 1, 2 or 3")
+
+    def data_parallel(self, world_size: int) -> int:
+        """Groups of ranks that read rows of their own: consecutive ranks are a group."""
+        return world_size // self.sequence_parallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -617,6 +644,8 @@ class CheckpointConfig:
     """Newest checkpoints kept."""
     keep_every: int = 0
     """Checkpoints at multiples of this step are kept for good; 0 keeps none for good."""
+    background: bool = True
+    """Write from a copy in host memory (12 bytes a parameter over all ranks) while training goes on; false holds the run meanwhile."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "every_steps", "keep_every")
@@ -631,9 +660,12 @@ class EvaluationConfig:
     """Steps between evaluations; 0 evaluates at the end only."""
     rows: int = 8
     """Held-out rows scored each time, always the same ones; 0 switches evaluation off."""
+    position_bucket: int = 2048
+    """Tokens in a bucket of positions, for the loss by position."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "every_steps", "rows")
+        _at_least(self, 1, "position_bucket")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -653,6 +685,24 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "every_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """A look at single steps, by torch's profiler: a trace of each rank in run_dir/profile, and on GPUs a snapshot of its memory."""
+
+    steps: str = ""
+    """FIRST..LAST, both among them and counted from 1 as in the run's figures; empty: none."""
+
+    def __post_init__(self) -> None:
+        window = self.window
+        _require(not self.steps or (len(window) > 0 and window[0] > 0), "steps", self.steps, "must be FIRST..LAST, such as 10..12")
+
+    @property
+    def window(self) -> range:
+        """The steps."""
+        first, last = parse_bounds(self.steps) or (0, -1)
+        return range(first, last + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -684,6 +734,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "name", repr(self.name), "must not be empty")
@@ -705,11 +756,11 @@ class RunConfig:
         return sum(stage.steps * stage.batch_tokens for stage in self.stages)
 
     def micro_batch_rows(self, stage: StageConfig, world_size: int) -> int:
-        """Rows in one forward pass of a rank in this stage."""
+        """Rows in one forward pass of a rank, or of the ranks that share them, in this stage."""
         if not self.parallel.micro_batch_tokens:
             return self.parallel.micro_batch_rows
-        share = max(1, stage.rows // world_size)
-        most = max(1, self.parallel.micro_batch_tokens // stage.seq_len)
+        share = max(1, stage.rows // self.parallel.data_parallel(world_size))
+        most = max(1, self.parallel.micro_batch_tokens * self.parallel.sequence_parallel // stage.seq_len)
         return max(rows for rows in range(1, min(most, share) + 1) if share % rows == 0)
 
 
@@ -721,6 +772,10 @@ class PlanConfig(RunConfig):
     """GPUs, one rank each."""
     gpu: str = "H200"
     """Kind of GPU, one of those in `train/gpus.py`."""
+    gpus_per_node: int = 8
+    """GPUs that share a node's fast links."""
+    network: float = 0.0
+    """GB/s of network of each GPU, one way; 0 takes what `train/gpus.py` has for its kind."""
     mfu: float = 0.4
     """Share of the GPUs' bf16 peak at which executed FLOPs run (`mfu_executed` in a run's figures)."""
     measure: bool = False
@@ -728,8 +783,11 @@ class PlanConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "num_gpus")
+        _at_least(self, 1, "num_gpus", "gpus_per_node")
+        _at_least(self, 0, "network")
         _require(0 < self.mfu <= 1, "mfu", self.mfu, "must lie in (0, 1]")
+        degree = self.parallel.sequence_parallel
+        _require(not self.measure or degree == 1, "measure", True, f"one device cannot share rows; parallel.sequence_parallel={degree}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -775,9 +833,8 @@ class InspectConfig:
         _at_least(self, -1, "document")
         _at_least(self, 1, "seq_len")
         _at_least(self, 0, "training_tokens")
-        first, dots, stop = self.tokens.partition("..")
-        whole = not self.tokens or (dots and first.isdecimal() and stop.isdecimal() and int(first) < int(stop))
-        _require(bool(whole), "tokens", self.tokens, "must be FIRST..STOP, such as 1000..1200")
+        first, stop = parse_bounds(self.tokens) or (0, 0)
+        _require(not self.tokens or first < stop, "tokens", self.tokens, "must be FIRST..STOP, such as 1000..1200")
         _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")
 
 
@@ -897,6 +954,69 @@ class BenchmarkConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChangeConfig:
+    """Settings of the longer cases of a training benchmark."""
+
+    from_length: int = 1
+    """Tokens of the shortest rows that they are for."""
+    settings: tuple[str, ...] = ()
+    """Each `key=value`, of any key of the benchmark or the run."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "from_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBenchmarkConfig(RunConfig):
+    """`scripts.benchmark train`: speed and memory of training. A case is the run's first stage at another length and attention, in
+    processes of its own; it begins with random weights, and is neither evaluated nor saved. Of the stage, tokens, seq_len and batch_tokens
+    are set by the keys here."""
+
+    lengths: tuple[int, ...] = (8192, 32768, 131072)
+    """Tokens in a row."""
+    batch_tokens: int = 32768
+    """Tokens in a step over all ranks: as many rows as it holds, and at least one."""
+    attentions: tuple[str, ...] = ("full", "moba(512, 3)")
+    """Attention rules."""
+    dense_up_to: int = 131072
+    """Longest rows in tokens for full attention in all layers and for transformers, whose time grows with the square."""
+    changes: tuple[ChangeConfig, ...] = ()
+    """Settings for rows from some length on, one after the other: memory policies, fewer steps."""
+    rows: tuple[TrainingRow, ...] = tuple(TrainingRow)
+    """framework, transformers (where it is installed; with Liger's kernels where they are)."""
+    checkpointing: bool = True
+    """Gradient checkpointing of the transformers row; the framework's is under parallel."""
+    real_data: bool = False
+    """Read the corpus of data.prepared_dir. Otherwise tokens are random, and each row is one document: the most attention there can be."""
+    warmup_steps: int = 2
+    """Steps before the first that counts."""
+    steps: int = 5
+    """Steps that count."""
+    num_ranks: int = 1
+    """Ranks of the framework row, one a GPU (or gloo ranks on a CPU)."""
+    output_dir: str = "outputs/benchmark"
+    """Folder of train.md, train.csv and train.png, and of what each case left behind, in train/."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("lengths", "attentions", "rows"):
+            values = getattr(self, key)
+            shown = [value.value if isinstance(value, Enum) else value for value in values]
+            _require(len(values) > 0, key, "[]", "must hold at least one")
+            _require(len(set(values)) == len(values), key, shown, "must not hold the same twice")
+        for length in self.lengths:
+            _require(length >= 1, "lengths", length, "must be at least 1")
+        for index, rule in enumerate(self.attentions):
+            try:
+                AttentionConfig(rule=rule)
+            except ConfigError as error:
+                raise ConfigError(f"attentions.{index}: {error}") from None
+        _at_least(self, 1, "batch_tokens", "steps", "num_ranks")
+        _at_least(self, 0, "dense_up_to", "warmup_steps")
+        _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataBenchmarkConfig:
     """`scripts.benchmark data`: rates of the data pipeline on this machine's cores."""
 
@@ -921,3 +1041,16 @@ class DataBenchmarkConfig:
         _at_least(self, 0, "num_workers")
         for key in ("scratch_dir", "output_dir"):
             _require(bool(getattr(self, key)), key, repr(getattr(self, key)), "must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """`scripts.report`: one page on a run or a sweep."""
+
+    folder: str = ""
+    """A run's folder, a sweep's, or any folder of runs' folders."""
+    output: str = ""
+    """The page's file; empty: report.html in the folder."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.folder), "folder", repr(self.folder), "must be given: python -m scripts.report FOLDER")

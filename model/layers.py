@@ -6,6 +6,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from configs.schema import ModelConfig
+from model.sequence_parallel import SequenceParallel
 
 
 class RMSNorm(nn.Module):
@@ -46,12 +47,16 @@ class KeyConvolution(nn.Module):
         self.width = width
         self.weight = nn.Parameter(torch.zeros(width, channels))
 
-    def forward(self, k: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """`[N, channels]` to `[N, channels]` over packed documents with bounds cu_seqlens int32 `[n+1]`, zero before each."""
+    def forward(self, k: Tensor, cu_seqlens: Tensor, sequence_parallel: SequenceParallel | None = None) -> Tensor:
+        """`[N, channels]` to `[N, channels]` over packed documents with bounds cu_seqlens int32 `[n+1]`, zero before each.
+
+        With `sequence_parallel` k has the channels of this rank's heads alone.
+        """
+        weight = sequence_parallel.own_channels(self.weight) if sequence_parallel else self.weight
         bounds = cu_seqlens.to(k.device, torch.int64)
         offset = torch.arange(len(k), device=k.device)
         offset = offset - bounds[:-1].repeat_interleave(bounds.diff(), output_size=len(k))
-        return k + functional.silu(_CausalSum.apply(k, self.weight, offset))
+        return k + functional.silu(_CausalSum.apply(k, weight, offset))
 
 
 class _CausalSum(torch.autograd.Function):

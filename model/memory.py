@@ -1,10 +1,11 @@
 """Bytes that one forward and backward pass holds at a time, from shapes alone; what `torch` saves was counted, see the tests.
 
-Shape letters: N tokens of the packed rows, h hidden, f FFN, V vocabulary, e bytes of an activation (2 bf16, 4 fp32).
+Shape letters: N tokens of the packed rows, or a rank's stretch of them, h hidden, f FFN, V vocabulary, e bytes of an activation (2 bf16,
+4 fp32).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from configs.layers import LayerAttention
 from configs.schema import ModelConfig
@@ -33,22 +34,39 @@ class PassBytes:
 
 
 def pass_bytes(
-    config: ModelConfig, attention: Sequence[LayerAttention], *, rows: int, seq_len: int, itemsize: int, gpu: bool, triton_workspace: int
+    config: ModelConfig,
+    attention: Sequence[LayerAttention],
+    *,
+    rows: int,
+    seq_len: int,
+    itemsize: int,
+    gpu: bool,
+    triton_workspace: int,
+    sequence_parallel: int = 1,
 ) -> PassBytes:
     """Bytes of forward and backward over `rows` rows that hold one document of `seq_len` tokens each, with the `attention` of each layer.
 
     `itemsize` is e; on a `gpu` RMSNorm is one kernel, on a CPU its steps are saved one by one; `triton_workspace` is what that MoBA
     backend may hold (`moba_attention`), 0 where it is the `torch` backend. Nothing is checkpointed but the pieces of the loss.
+    `sequence_parallel` ranks share the rows, and the bytes are those of one; what an exchange holds while it goes on is left out.
     """
-    shapes = _Shapes(config=config, rows=rows, seq_len=seq_len, itemsize=itemsize, gpu=gpu, triton_workspace=triton_workspace)
+    shapes = _Shapes(
+        config=replace(config, num_kv_heads=config.num_kv_heads * config.kv_copies(sequence_parallel)),
+        rows=rows,
+        seq_len=seq_len,
+        itemsize=itemsize,
+        gpu=gpu,
+        triton_workspace=triton_workspace,
+        sequence_parallel=sequence_parallel,
+    )
     kinds = [effective(kind, seq_len) for kind in attention]
     num_tokens = shapes.num_tokens
-    table = 4 * config.head_dim  # cos and sin, which all layers share
-    ends = 8 + shapes.norm(config.hidden_size)  # token ids; the final norm
+    # Of whole rows: token ids; cos and sin, which all layers share.
+    shared = rows * seq_len * (8 + 4 * config.head_dim)
     piece = min(num_tokens, max(1, LOGITS_BUDGET // config.vocab_size))
     head = itemsize * config.vocab_size * config.hidden_size if piece < num_tokens else 0  # the weight's gradient, summed over pieces
     return PassBytes(
-        activations=num_tokens * (sum(shapes.layer(kind) for kind in kinds) + table + ends),
+        activations=shared + num_tokens * (sum(shapes.layer(kind) for kind in kinds) + shapes.norm(config.hidden_size)),
         logits=12 * piece * config.vocab_size + head,
         workspace=max(shapes.workspace(kind) for kind in set(kinds)),
         gate_and_slots=max(shapes.gate_and_slots(kind) for kind in set(kinds)),
@@ -73,6 +91,7 @@ class _Shapes:
     itemsize: int
     gpu: bool
     triton_workspace: int
+    sequence_parallel: int
 
     @property
     def triton(self) -> bool:
@@ -80,7 +99,7 @@ class _Shapes:
 
     @property
     def num_tokens(self) -> int:
-        return self.rows * self.seq_len
+        return self.rows * self.seq_len // self.sequence_parallel
 
     @property
     def q_size(self) -> int:
@@ -109,12 +128,13 @@ class _Shapes:
             saved += self.norm(self.q_size, config.num_heads) + self.norm(self.kv_size, config.num_kv_heads)
             wide -= self.q_size + self.kv_size
         if config.key_conv:
-            saved += 8  # each token's place in its document
+            saved += 8 * self.sequence_parallel  # the place in its document of each token of whole rows
             wide += 2 * self.kv_size  # keys before the convolution, and before its SiLU
         if attention.kind == "moba":
             saved += config.num_heads * self.slots(attention) * (4 if self.triton else 8)
-        if (attention.kind == "full" and self.is_joined) or (attention.kind == "moba" and not self.triton):
-            wide += self.q_size  # outputs by document, or by group of heads, are joined by a copy
+        joined = (attention.kind == "full" and self.is_joined) or (attention.kind == "moba" and not self.triton)
+        if joined or self.sequence_parallel > 1:
+            wide += self.q_size  # outputs by document, by group of heads or of all heads by rank come together in a copy
         return saved + self.itemsize * wide
 
     def workspace(self, attention: LayerAttention) -> int:

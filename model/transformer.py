@@ -14,6 +14,7 @@ from model.attention import Attention, check_kinds
 from model.cache import LayerCache
 from model.layers import FeedForward, RMSNorm
 from model.rope import rotary_table
+from model.sequence_parallel import SequenceParallel
 
 IGNORE = -100
 # Logits held at once while the loss is taken, in elements (1 GiB in fp32): 128K tokens x 128K words would be 64 GiB.
@@ -55,6 +56,7 @@ class Transformer(nn.Module):
         self.config = config
         self.backend = backend
         self.workspace = workspace
+        self.sequence_parallel: SequenceParallel | None = None
         self.set_attention(attention)
         self.set_rope(rope)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -85,19 +87,25 @@ class Transformer(nn.Module):
             cu_seqlens: int32 `[n_docs+1]`, document bounds from 0 to N.
             labels: int64 `[N]`, the token that each one must predict; -100 where there is none.
 
-        Returns: logits `[N, V]` in the model's dtype, or cross-entropies fp32 `[N]` in nats, 0 where the label is -100.
+        Returns: logits `[N, V]` in the model's dtype, or cross-entropies fp32 `[N]` in nats, 0 where the label is -100; with
+        `sequence_parallel` those of this rank's stretch of the tokens alone.
         """
+        if self.sequence_parallel and labels is not None:
+            labels = self.sequence_parallel.own_tokens(labels)
         x = self.hidden(tokens, positions, cu_seqlens)
         return self.head(x) if labels is None else self._losses(x, labels)
 
     def hidden(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, caches: list[LayerCache] | None = None) -> Tensor:
-        """What the head reads, `[N, hidden]`; with `caches`, one for each layer, of one sequence (see `Attention.forward`)."""
-        x = self.embedding(tokens)
+        """What the head reads, `[N, hidden]`; with `caches`, one for each layer, of one sequence (see `Attention.forward`).
+
+        With `sequence_parallel` it is that of this rank's stretch of the tokens.
+        """
+        x = self.embedding(self.sequence_parallel.own_tokens(tokens) if self.sequence_parallel else tokens)
         table = rotary_table(positions, self.config.head_dim, self.rope)
         for index, layer in enumerate(self.layers):
             cache = caches[index] if caches else None
             turn = None if index in self.nope_layers else table
-            x = layer(x, turn, cu_seqlens, self.attention[index], self.backend, self.workspace, cache)
+            x = layer(x, turn, cu_seqlens, self.attention[index], self.backend, self.workspace, cache, self.sequence_parallel)
         return self.final_norm(x)
 
     def _losses(self, x: Tensor, labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Measure kernels, `python -m scripts.benchmark attention`, or the data pipeline, `python -m scripts.benchmark data`.
+"""Measure kernels, `python -m scripts.benchmark attention`, training, `... train`, or the data pipeline, `... data`.
 
 Attention:
     lengths=[8192,32768] settings=[[128,8],[512,3]]   tokens in a call; MoBA settings, each [block_size, topk]
@@ -9,6 +9,16 @@ Attention:
 Forward and forward+backward time, eager and under a CUDA graph, peak memory and sparse efficiency of MoBA and dense attention on one
 GPU. A row is first checked against fp64; one that is wrong shows its error in place of a time, and the exit status is 1.
 Prints Markdown; writes attention.csv and attention.png into output_dir, anew after every row.
+
+Train:
+    lengths=[8192,131072] attentions=["full","moba(512, 3)"]   tokens in a row; attention rules
+    model=llama_1b9 parallel.precision=bf16                    all keys and groups of a training run: its shapes, its memory policy
+    changes=[{from_length: 1048576, settings: ["steps=1"]}]    settings of long cases
+    rows=[framework,transformers] dense_up_to=8192             which programs; the longest full attention
+    comparison=NAME                                            one of configs/comparison/
+
+Tokens/s, MFU, peak memory, recompilations and data wait of training steps, each case in processes of its own; one that runs out of
+memory is said to. Prints Markdown; writes train.md, train.csv and train.png into output_dir, anew after every case.
 
 Data:
     rows=[preparing,opening,packing,loading]          what is measured; all of it by default
@@ -33,7 +43,7 @@ import torch
 
 from configs.mapping import nearest
 from configs.registry import command, fail, show
-from configs.schema import BenchmarkConfig, ConfigError, DataBenchmarkConfig, KernelInputs, ModelConfig
+from configs.schema import BenchmarkConfig, ConfigError, DataBenchmarkConfig, KernelInputs, ModelConfig, TrainBenchmarkConfig
 from data.workers import resolve_workers
 from scripts.attention_benchmark.cases import all_cases, is_installed, label
 from scripts.attention_benchmark.measure import CudaMeter, Result, measure
@@ -41,11 +51,12 @@ from scripts.attention_benchmark.report import markdown, series, to_csv
 from scripts.attention_benchmark.trained import Trained
 from scripts.data_benchmark import report as data_report
 from scripts.data_benchmark.rows import MEASURES
-from scripts.figures import plot_times
+from scripts.figures import plot_over_lengths
 from scripts.program import run
+from scripts.training_benchmark import report as training_report
+from scripts.training_benchmark.program import train_benchmark
 from train.run_dir import write_atomically
 
-SUBCOMMANDS = ("attention", "data")
 FILES = ("attention.csv", "attention.png")
 DATA_FILE = "data.csv"
 
@@ -53,12 +64,12 @@ DATA_FILE = "data.csv"
 def main() -> None:
     """Takes the subcommand, the first word, off the command line; the rest is its config."""
     word = next(iter(sys.argv[1:]), "")
-    if word in SUBCOMMANDS:
+    if word in COMMANDS:
         sys.argv.pop(1)
     elif word not in ("-h", "--help"):
-        given = "what to measure must be given" if not word or "=" in word else f"{word}: no such benchmark{nearest(word, SUBCOMMANDS)}"
-        fail(f"{given}; accepted first word: {', '.join(SUBCOMMANDS)}")
-    (data if word == "data" else attention)()
+        given = "what to measure must be given" if not word or "=" in word else f"{word}: no such benchmark{nearest(word, list(COMMANDS))}"
+        fail(f"{given}; accepted first word: {', '.join(COMMANDS)}")
+    COMMANDS.get(word, attention)()
 
 
 @command(DataBenchmarkConfig, config_name="benchmark_data")
@@ -72,6 +83,14 @@ def data(config: DataBenchmarkConfig) -> None:
             figures += MEASURES[row](config, Path(place))
         write_atomically(folder / DATA_FILE, data_report.to_csv(figures, facts))
     show(f"{data_report.markdown(figures, facts)}\n\n{folder / DATA_FILE}")
+
+
+@command(TrainBenchmarkConfig, config_name="benchmark_train")
+def train(config: TrainBenchmarkConfig) -> None:
+    """Measures case after case, keeps the files up to date, and prints the report."""
+    folder, facts = _make_folder(config.output_dir, "output_dir"), {"torch": torch.__version__, **_date_and_command("train")}
+    results = train_benchmark(config, folder, facts)
+    show("\n\n".join([training_report.markdown(results, facts), "\n".join(str(folder / name) for name in training_report.FILES)]))
 
 
 @command(BenchmarkConfig, config_name="benchmark")
@@ -157,7 +176,8 @@ def _write(folder: Path, results: Sequence[Result]) -> None:
         beside = folder / f".{table.name}.partial"
         beside.write_text(to_csv(results, facts))
         beside.replace(table)
-        plot_times(figure, f"Attention on {facts['gpu']}, {facts['date']}", series(results))
+        panels = {f"{name} (ms)": lines for name, lines in series(results).items()}
+        plot_over_lengths(figure, f"Attention on {facts['gpu']}, {facts['date']}", panels)
     except BaseException as error:
         for name in FILES:
             (folder / f".{name}.partial").unlink(missing_ok=True)
@@ -165,6 +185,8 @@ def _write(folder: Path, results: Sequence[Result]) -> None:
             raise ConfigError(f"output_dir={folder}: cannot be written ({error.strerror})") from None
         raise
 
+
+COMMANDS = {"attention": attention, "train": train, "data": data}
 
 if __name__ == "__main__":
     run(main, interrupted="the rows that were finished are in output_dir")

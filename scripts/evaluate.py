@@ -4,7 +4,7 @@
     attentions='["full","moba(64, 4)"]'          attention rules to try on the same weights
 
 Without these two, what the checkpoint was trained with last. Writes evaluation.json, evaluation.md and position.png into output_dir
-(default: `evaluation` in the run folder).
+(default: `evaluation` in the run folder). Several ranks, `deepspeed --module --no_local_rank scripts.evaluate ...`, share every document.
 """
 
 import json
@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from configs.checks import divisors
 from configs.mapping import to_mapping
 from configs.registry import command, show
 from configs.schema import ConfigError, EvaluateConfig, Precision
@@ -31,7 +32,8 @@ from model.transformer import Transformer
 from scripts.figures import plot_positions
 from scripts.program import run
 from train.checkpoint import resolve
-from train.distributed import choose_device
+from train.distributed import Ranks, choose_device, find_ranks, on_main, run_to_end, share_rows
+from train.engine import processes
 from train.evaluate import (
     AttentionSettings,
     Document,
@@ -52,25 +54,39 @@ FILES = ("position.png", "evaluation.md", "evaluation.json")
 @command(EvaluateConfig, config_name="evaluate")
 def main(config: EvaluateConfig) -> None:
     """Evaluates, and prints the main table and where the files are."""
-    report = evaluate(config)
-    show("\n".join([main_table(report["results"]), *(str(Path(report["output_dir"]) / name) for name in FILES)]))
+    ranks = find_ranks(config.device)
+    with processes(ranks) if ranks.world_size > 1 else nullcontext():
+        report = evaluate(config, ranks)
+    if ranks.is_main:
+        show("\n".join([main_table(report["results"]), *(str(Path(report["output_dir"]) / name) for name in FILES)]))
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """What evaluation.json holds, after it, the Markdown and the figure are written. Raises ConfigError before the long work."""
-    device = choose_device(config.device)
-    checkpoint = find_checkpoint(config.checkpoint)
+def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> dict[str, Any]:
+    """What evaluation.json holds, after it, the Markdown and the figure are written. Raises ConfigError before the long work.
+
+    All of `ranks` call it and share each document (None: this process is alone).
+    """
+    ranks = ranks or Ranks(rank=0, world_size=1, device=choose_device(config.device))
+    device = ranks.device
+    checkpoint = on_main(ranks, lambda: find_checkpoint(config.checkpoint))
     state = state_of(checkpoint)
     trained, stage = state.run(), state.stage()
+    num_heads = trained.model.num_heads
+    if num_heads % ranks.world_size:
+        raise ConfigError(
+            f"checkpoint={config.checkpoint}: its model has {num_heads} query heads, which the {ranks.world_size} ranks of this launch do "
+            f"not divide; accepted: {divisors(num_heads)}"
+        )
     settings = attention_settings(config, trained, stage)
     contexts = context_lengths(config, trained, stage, settings)
     corpus = open_corpus(config.data, tokenizers_of(checkpoint))
     documents = choose_documents(corpus, config)
-    folder = _make_folder(config, checkpoint)
+    folder = on_main(ranks, lambda: _make_folder(config, checkpoint))
 
     model = Transformer(trained.model, next(iter(settings.values())), stage.rope, config.backend.value, stage.attention.workspace)
     load_into(model, checkpoint)
     model.to(device, torch.bfloat16 if config.precision is Precision.BF16 else torch.float32).eval()
+    share_rows(model, ranks.world_size)
     report = {
         "run": trained.name,
         "checkpoint": str(checkpoint),
@@ -81,13 +97,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "tokenizer_hash": corpus.tokenizer_hash,
         "documents": describe_documents(documents, corpus.split("heldout").num_documents),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "results": _score_all(config.checkpoint, model, settings, contexts, documents, device),
+        "results": _score_all(config.checkpoint, model, settings, contexts, documents, ranks),
         "output_dir": str(folder),
         "config": to_mapping(config),
-        "launch": describe_launch(world_size=1),
+        "launch": describe_launch(ranks.world_size),
         "training": {"git": state.git, "config": state.config},
     }
-    _write(folder, report)
+    on_main(ranks, lambda: _write(folder, report))
     return report
 
 
@@ -120,17 +136,19 @@ def _score_all(
     settings: AttentionSettings,
     contexts: tuple[int, ...],
     documents: list[Document],
-    device: torch.device,
+    ranks: Ranks,
 ) -> list[dict[str, Any]]:
     results = []
     total = len(settings) * len(contexts) * sum(len(document.tokens) - 1 for document in documents)
-    with _progress(total) as advance:
+    with _progress(total, shown=ranks.is_main) as advance:
         for label, layers in settings.items():
             model.set_attention(layers)
             for context in contexts:
                 started = time.perf_counter()
                 try:
-                    scores = score(model, documents, context=context, device=device, advance=partial(advance, f"{label} at {context:,}"))
+                    scores = score(
+                        model, documents, context=context, device=ranks.device, advance=partial(advance, f"{label} at {context:,}")
+                    )
                 except torch.cuda.OutOfMemoryError:
                     raise ConfigError(f"contexts={context}: is too long for this GPU's memory under {label}") from None
                 if not math.isfinite(scores.nats):
@@ -140,11 +158,11 @@ def _score_all(
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
+def _progress(total: int, *, shown: bool) -> Iterator[Callable[[str, int], None]]:
     """A bar of scored tokens on a terminal's stderr, nothing elsewhere."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal), transient=True) as bar:
         task = bar.add_task("", total=total)
         yield lambda text, tokens: bar.update(task, advance=tokens, description=text)
 
@@ -165,4 +183,4 @@ def _write(folder: Path, report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, interrupted="nothing was written")
+    run_to_end(partial(run, main, interrupted="nothing was written"))

@@ -1,4 +1,4 @@
-"""What a run will cost, before anything is allocated: steps, FLOPs, time and memory of each stage."""
+"""What a run will cost, before anything is allocated: steps, FLOPs, time, memory and communication of each stage."""
 
 import math
 from collections.abc import Sequence
@@ -13,21 +13,18 @@ from configs.schema import AttentionBackend, ConfigError, ParallelConfig, PlanCo
 from data.manifest import FILE_NAME
 from data.mix import MixReport, report
 from data.shards import Corpus
-from model.accounting import TrainingFlops, parameter_counts, training_flops
+from model.accounting import TrainingFlops, exchange_bytes, parameter_counts, training_flops
 from model.memory import PassBytes, effective, pass_bytes, reach
 from model.ops.moba.triton.limits import HEAD_DIMS
 from model.transformer import Transformer
 from train import checkpoint
 from train.crossover import Crossover, crossover
-from train.distributed import Ranks
 from train.engine import deepspeed_config
 from train.gpus import GPUS
 from train.initial import open_initial
 from train.optim import build_optimizer
+from train.traffic import GATHERED, Exchange, Traffic, exchange, traffic
 from train.trainer import check_heldout, check_mixes
-
-# ZeRO-3 keeps what it has gathered up to this many elements (`max_live_parameters` and `max_reuse_distance` of DeepSpeed 0.19).
-_GATHERED = 1_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +57,7 @@ def state_bytes(parallel: ParallelConfig, *, num_parameters: int, world_size: in
     gradients = math.ceil(4 * shard) + bucket
     if parallel.zero_stage == 2:
         return StateBytes(weights=item * whole, gradients=gradients, optimizer=optimizer)
-    gathered = item * min(whole, _GATHERED) if world_size > 1 else 0
+    gathered = item * min(whole, GATHERED) if world_size > 1 else 0
     return StateBytes(weights=math.ceil(item * shard) + gathered, gradients=gradients, optimizer=optimizer)
 
 
@@ -82,14 +79,17 @@ class StagePlan:
     stage: StageConfig
     attention: tuple[LayerAttention, ...]
     micro_batch_rows: int
-    """Rows in one forward pass of a rank."""
+    """Rows in one forward pass of a rank, or of the ranks that share them."""
     micro_batches: int
     """Forward passes of a rank in a step."""
     flops: TrainingFlops
     """On all ranks."""
     seconds: float
+    """Of computing."""
     states: StateBytes
     held: PassBytes
+    sent: Traffic
+    exchange: Exchange
 
     @property
     def tokens(self) -> int:
@@ -156,8 +156,7 @@ def check_plan(config: PlanConfig) -> list[str]:
     check_heldout(config, corpus)
     if config.resume not in ("auto", "never"):
         state = checkpoint.read_state(checkpoint.resolve(config.resume, lambda text: None))
-        ranks = Ranks(rank=0, world_size=config.num_gpus, device=torch.device("cpu"))
-        checkpoint.check_fits(state, config, tokenizer_hash=corpus.tokenizer_hash, ranks=ranks)
+        checkpoint.check_fits(state, config, tokenizer_hash=corpus.tokenizer_hash)
     return notes
 
 
@@ -179,22 +178,27 @@ def _mixes(config: PlanConfig, stages: Sequence[StagePlan]) -> tuple[MixReport, 
 def _plan_stage(config: PlanConfig, stage: StageConfig) -> StagePlan:
     attention = stage.attention.per_layer(config.model.num_layers)
     micro_batch_rows = config.micro_batch_rows(stage, config.num_gpus)
-    micro_batches = stage.rows // (config.num_gpus * micro_batch_rows)
+    micro_batches = stage.rows // (config.parallel.data_parallel(config.num_gpus) * micro_batch_rows)
     flops = training_flops(config.model, attention, [stage.seq_len] * stage.rows)
+    seconds = flops.executed / (config.num_gpus * GPUS[config.gpu].peak_flops * config.mfu)
+    num_parameters = parameter_counts(config.model).total
+    sent = traffic(config.parallel, num_parameters=num_parameters, world_size=config.num_gpus, micro_batches=micro_batches)
     return StagePlan(
         stage=stage,
         attention=attention,
         micro_batch_rows=micro_batch_rows,
         micro_batches=micro_batches,
         flops=flops,
-        seconds=flops.executed / (config.num_gpus * GPUS[config.gpu].peak_flops * config.mfu),
+        seconds=seconds,
         states=state_bytes(
             config.parallel,
-            num_parameters=parameter_counts(config.model).total,
+            num_parameters=num_parameters,
             world_size=config.num_gpus,
             accumulates=micro_batches > 1,
         ),
         held=micro_batch_bytes(config, stage, attention, gpu=True),
+        sent=sent,
+        exchange=exchange(config, sent, computing=seconds),
     )
 
 
@@ -208,6 +212,7 @@ def micro_batch_bytes(config: PlanConfig, stage: StageConfig, attention: Sequenc
         itemsize=itemsize(config.parallel),
         gpu=gpu,
         triton_workspace=stage.attention.workspace if gpu and _triton_serves(config, stage, attention) else 0,
+        sequence_parallel=config.parallel.sequence_parallel,
     )
 
 
@@ -227,6 +232,14 @@ def _stage_notes(config: PlanConfig, plan: StagePlan, index: int) -> list[str]:
                 f"{plan.stage.seq_len} have no more: it is full attention there, and computed as such; longer rows or smaller numbers "
                 "make it sparse"
             )
+    if (degree := config.parallel.sequence_parallel) > 1:
+        tokens = plan.micro_batch_rows * plan.stage.seq_len // degree
+        sent = exchange_bytes(config.model, tokens=tokens, degree=degree, itemsize=itemsize(config.parallel))
+        step = sent * config.model.num_layers * plan.micro_batches
+        notes.append(
+            f"stages.{index}: {degree} ranks share a row; each sends the others {sent / 1e6:,.0f} MB a layer and micro-batch, "
+            f"{step / 1e9:,.1f} GB a step, which the time leaves out"
+        )
     memory = GPUS[config.gpu].memory
     if plan.memory > memory:
         parts = {
@@ -248,4 +261,5 @@ def _fewer_rows(config: PlanConfig, plan: StagePlan) -> str:
     bf16 = [] if config.parallel.precision is Precision.BF16 else ["parallel.precision=bf16"]
     key = "micro_batch_tokens" if config.parallel.micro_batch_tokens else "micro_batch_rows"
     rows = [f"a lower parallel.{key}"] if plan.micro_batch_rows > 1 else []
-    return " or ".join([*bf16, *rows, "shorter rows"])
+    shared = ["a higher parallel.sequence_parallel"] if config.num_gpus > config.parallel.sequence_parallel else []
+    return " or ".join([*bf16, *rows, *shared, "shorter rows"])

@@ -15,7 +15,7 @@ from train.report import table
 
 
 def markdown(plan: Plan, measured: tuple[str, Sequence[StageFigures]] | None = None) -> str:
-    """The report: stages, cost, memory, crossovers, notes, and what was measured where it was."""
+    """The report: stages, cost, memory, communication, crossovers, notes, and what was measured where it was."""
     config, counts = plan.config, parameter_counts(plan.config.model)
     zero, precision = config.parallel.zero_stage, config.parallel.precision.value
     head = (
@@ -26,6 +26,8 @@ def markdown(plan: Plan, measured: tuple[str, Sequence[StageFigures]] | None = N
         "Rows are reckoned as one document each, the most that they can cost."
     )
     parts = [head, _stages(plan), _cost(plan), _memory(plan)]
+    if config.num_gpus > 1:
+        parts.append(_communication(plan))
     if plan.mixes:
         parts.append(_documents(plan))
     if plan.crossovers:
@@ -116,6 +118,26 @@ def _memory_row(plan: Plan, stage: StagePlan) -> list[str]:
     parts = [states.weights, states.gradients, states.optimizer, held.activations, held.logits, held.workspace, held.gate_and_slots]
     share = stage.memory / GPUS[plan.config.gpu].memory
     return [stage.stage.name, *(_gb(part) for part in parts), _gb(stage.memory), f"{share:.0%}"]
+
+
+def _communication(plan: Plan) -> str:
+    config, gpu = plan.config, GPUS[plan.config.gpu]
+    rows = []
+    for stage in plan.stages:
+        sent, times = stage.sent, stage.exchange
+        sizes = [_gb(part) for part in (sent.gradients, sent.weights, sent.total)]
+        seconds = [_digits(part) for part in (times.inside, times.between, times.exposed, stage.seconds + times.exposed)]
+        rows.append([stage.stage.name, *sizes, *seconds])
+    columns = ["gradients", "weights", "together", "s inside a node", "s between nodes", "s exposed", "s a step with it"]
+    overlap = (
+        "alongside computing, and what computing does not cover is exposed" if config.parallel.zero_stage == 3 else "all of it exposed"
+    )
+    network = config.network or gpu.network / 1e9
+    links = f"{gpu.link / 1e9:g} GB/s a GPU inside a node of {config.gpus_per_node} and {network:g} GB/s a GPU between nodes"
+    return table(["GB sent a GPU and step", *columns], rows) + (
+        f"\n\nRings over all GPUs at {links}, one way, without latency; the slower of both counts, {overlap}. "
+        "Where mfu is of a run on as many nodes, it is in there already."
+    )
 
 
 def _documents(plan: Plan) -> str:

@@ -15,7 +15,7 @@ from model.transformer import Transformer
 from train.checkpoint import TrainingState
 from train.distributed import Ranks, gather_objects, sum_over_ranks
 from train.engine import Engine
-from train.evaluate import heldout_loss
+from train.evaluate import heldout_losses
 from train.gpus import peak_flops
 from train.metrics import Metrics, memory_gib
 from train.optim import learning_rate
@@ -38,13 +38,16 @@ class Trainer:
         """Sets model and stream to a stage; weights, optimizer and the place in the corpus, which `stream` says, stay."""
         enter_stage(self.engine.module, self.run, stage)
         self.stage = stage
+        # Ranks that share rows are one to the data.
+        parallel = self.run.parallel
+        group, groups = self.ranks.rank // parallel.sequence_parallel, parallel.data_parallel(self.ranks.world_size)
         self.loader = build_loader(
             self.corpus,
             seq_len=stage.seq_len,
             rows_per_step=stage.rows,
             micro_batch_rows=self.run.micro_batch_rows(stage, self.ranks.world_size),
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
+            rank=group,
+            world_size=groups,
             seed=self.run.seed,
             mix=stage.mix,
             run_mixes=[other.mix for other in self.run.stages],
@@ -53,9 +56,7 @@ class Trainer:
         )
         self._heldout: list[Batch] = []
         if self.run.evaluation.rows:
-            self._heldout = heldout_rows(
-                self.corpus, seq_len=stage.seq_len, rows=self.run.evaluation.rows, rank=self.ranks.rank, world_size=self.ranks.world_size
-            )
+            self._heldout = heldout_rows(self.corpus, seq_len=stage.seq_len, rows=self.run.evaluation.rows, rank=group, world_size=groups)
 
     def step(self, metrics: Metrics) -> None:
         """One optimizer step and its line of metrics; a step with a non-finite loss or gradient is skipped and named."""
@@ -74,10 +75,10 @@ class Trainer:
 
         flops = training_flops(self.run.model, self.engine.module.attention, _piece_lengths(batches))
         counts = self.loader.count(batches)
-        loss, dense, executed, *counted = sum_over_ranks(
-            [float(sum(losses)), flops.dense_equivalent, flops.executed, *counts.values()], self.ranks.device
-        )
+        loss, *of_rows = sum_over_ranks([float(sum(losses)), flops.dense_equivalent, flops.executed, *counts.values()], self.ranks.device)
         loss /= batches[0].step_targets
+        # A loss is of a rank's own tokens; the others are of whole rows, which each of the ranks that share them has counted.
+        dense, executed, *counted = (value / self.run.parallel.sequence_parallel for value in of_rows)
         self.done += 1
         self._count_skips(result.skipped, loss, batches, metrics)
         seconds = time.perf_counter() - started
@@ -123,18 +124,21 @@ class Trainer:
     def _switch(self, place: Place, metrics: Metrics) -> None:
         """Enters the next stage; the loss on either side of it is of the same held-out rows, those of the stage before."""
         rows = self._heldout
-        before = heldout_loss(self.engine, rows, self.ranks) if rows else None
+        before, _ = self._losses(rows) if rows else (None, None)
         self._enter(place.stage, self.loader.state_dict())
-        after = heldout_loss(self.engine, rows, self.ranks) if rows else None
+        after, _ = self._losses(rows) if rows else (None, None)
         metrics.event("switch", self.done, stage=place.stage.name, loss_before=before, loss_after=after)
 
     def evaluate(self, metrics: Metrics) -> float | None:
         """Loss on the held-out rows, written as an `evaluation` event; None where evaluation is off."""
         if not self._heldout:
             return None
-        loss = heldout_loss(self.engine, self._heldout, self.ranks)
-        metrics.event("evaluation", self.done, heldout_loss=loss, context=self.stage.seq_len)
+        loss, by_position = self._losses(self._heldout)
+        metrics.event("evaluation", self.done, heldout_loss=loss, context=self.stage.seq_len, by_position=by_position)
         return loss
+
+    def _losses(self, rows: list[Batch]) -> tuple[float, dict[int, float]]:
+        return heldout_losses(self.engine, rows, self.ranks, bucket=self.run.evaluation.position_bucket)
 
     def state(self) -> TrainingState:
         """What a checkpoint after the last step keeps besides tensors."""

@@ -265,6 +265,18 @@ def test_numbers_may_be_written_as_people_write_them():
     [
         (["model.max_seq_len=1024"], 1, r"stages.0.seq_len=2048: is beyond .* model.max_seq_len=1024"),
         ([], 3, r"stages.0.batch_tokens=8192: is 4 rows of 2048, which 3 ranks × parallel.micro_batch_rows=1 = 3 does not divide"),
+        (["parallel.sequence_parallel=3"], 4, r"^parallel.sequence_parallel=3: does not divide the 4 ranks; accepted: 1, 2, 4$"),
+        (["parallel.sequence_parallel=8"], 8, r"=8: does not divide the 4 query heads of model.num_heads; accepted: 1, 2, 4$"),
+        (
+            ["parallel.sequence_parallel=4", "stages.0.seq_len=2050", "stages.0.batch_tokens=4100"],
+            4,
+            r"^stages.0.seq_len=2050: is not a multiple of parallel.sequence_parallel=4, the ranks that share a row; 2048 is the nearest$",
+        ),
+        (
+            ["parallel.sequence_parallel=2"],
+            6,
+            r"4 rows of 2048, which 3 groups of 2 ranks × parallel.micro_batch_rows=1 = 3 does not divide",
+        ),
         (["parallel.micro_batch_rows=8"], 1, r"is 4 rows of 2048, which 1 ranks × parallel.micro_batch_rows=8 = 8 does not divide"),
         (
             ["attention.rule='layers 7 full, rest moba'"],
@@ -313,6 +325,8 @@ def test_micro_batches_follow_the_rows_and_the_ranks():
     assert [run.micro_batch_rows(stage, 1) for stage in stages] == [16, 4, 1]  # of 48, 12 and 3 rows
     assert [run.micro_batch_rows(stage, 3) for stage in stages] == [16, 4, 1]
     assert run.micro_batch_rows(stages[1], 4) == 3 and run.micro_batch_rows(stages[1], 6) == 2  # what fits and divides the share
+    shared = replace(run, parallel=replace(run.parallel, sequence_parallel=2))  # twice the tokens fit where two ranks share them
+    assert [shared.micro_batch_rows(stages[1], ranks) for ranks in (1 * 2, 3 * 2)] == [6, 4]
     check_run(replace(run, stages=tuple(stages)), world_size=3)
     with pytest.raises(ConfigError, match=r"stages.2.batch_tokens=98304: is 3 rows of 32768, which 4 ranks × .*=1 = 4 does not divide"):
         check_run(replace(run, stages=tuple(stages)), world_size=4)

@@ -38,9 +38,10 @@ from scripts import evaluate as door
 from scripts.evaluate import evaluate
 from scripts.figures import plot_losses, plot_positions, read_metrics, short_count
 from tests.data.conftest import make_texts, write_jsonl
-from tests.train.helpers import execute, overrides
+from tests.train.helpers import execute, overrides, start_ranks
 from train import initial
-from train.engine import load_weights
+from train.checkpoint import load_weights
+from train.distributed import Ranks
 from train.evaluate import Scores, choose_documents, document_losses, windows
 
 CPU = torch.device("cpu")
@@ -293,6 +294,25 @@ def test_cut_documents_and_bf16(asked):
     assert report["results"][0]["loss"] == pytest.approx(whole["results"][0]["loss"], abs=0.02)
     assert report["results"][0]["loss"] != whole["results"][0]["loss"]
     assert "scored up to there" in (Path(report["output_dir"]) / "evaluation.md").read_text()
+
+
+def test_ranks_that_share_documents_report_as_one_does(asked, runs, corpus, tmp_path):
+    keys = ["contexts=[50]", "max_documents=2", "device=cpu", 'attentions=["full","moba"]']
+    arguments = [f"checkpoint={runs[3]}", f"data.prepared_dir={corpus}", f"output_dir={tmp_path}", *keys]
+    done = start_ranks(["scripts.evaluate", *arguments], num_ranks=2)
+    assert done.returncode == 0, done.stderr
+    shared, alone = json.loads((tmp_path / "evaluation.json").read_text()), evaluate(asked(f"checkpoint={runs[3]}", *keys))
+    assert shared["launch"]["world_size"] == 2 and done.stderr.count("| moba(32, 2) |") == 1
+    for ours, theirs in zip(figures_of(shared), figures_of(alone), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert [bucket["tokens"] for bucket in ours["by_position"]] == [bucket["tokens"] for bucket in theirs["by_position"]]
+
+
+def test_ranks_that_do_not_divide_the_heads_are_refused(asked, monkeypatch):
+    monkeypatch.setattr(door, "on_main", lambda ranks, work: work())
+    with pytest.raises(ConfigError, match=r"^checkpoint=.*: its model has 4 query heads, which the 3 ranks .* accepted: 1, 2, 4$"):
+        evaluate(asked("output_dir=nowhere"), Ranks(rank=0, world_size=3, device=CPU))
+    assert not Path("nowhere").exists()
 
 
 def test_the_command_prints_the_table_and_the_files(asked, runs, corpus, capsys, monkeypatch):
