@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import ConfigError, MixConfig, MixSourceConfig, Packing, RunConfig
+from configs.registry import compose
+from configs.schema import ConfigError, MixConfig, MixSourceConfig, Packing, PlanConfig, RunConfig
 from tests.train.helpers import events, lines, make_run, steps, streamed_overrides
+from train.evaluate import open_corpus
 from train.loop import train
+from train.plan import make_plan
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +38,21 @@ def test_a_streamed_run_broken_off_goes_on_to_the_bit(corpus, ranks, streamed, t
     assert len(steps(tmp_path / "whole")) == 8 and steps(tmp_path / "run") == steps(tmp_path / "whole")
     figures = [line for line in lines(tmp_path / "whole") if "event" not in line]
     assert all(sum(line["tokens_by"].values()) == 2 * 512 * (1 - line["padding"]) for line in figures)
-    assert {line["tokens_by"]["source/python"] > 0 for line in figures[:4]} == {True, False} or figures[3]["tokens_by"]["source/python"]
+    assert sum(line["tokens_by"]["source/python"] for line in figures[:4]) == 4 * 128  # a quarter of 16 rows
     assert all(line["tokens_by"]["source/python"] == 0 for line in figures[4:])
     (last,) = [event for event in events(tmp_path / "run", "evaluation") if event["step"] == 8]
     assert last["heldout_loss"] == events(tmp_path / "whole", "evaluation")[-1]["heldout_loss"]
+
+
+def test_a_plan_reads_no_source_and_evaluation_wants_a_prepared_corpus(streamed, tmp_path):
+    """Sources that are not there yet may be planned with."""
+    given = [*streamed, "data.sources.0.path=/nowhere/x.jsonl", "num_gpus=1", "model.max_seq_len=8192"]
+    config = compose(PlanConfig, config_name="train", overrides=given)
+    plan = make_plan(config)
+    assert "data.streaming=true: sources, vocabulary, held-out rows and resume are checked when the run reads them" in plan.notes
+    assert plan.mixes == ()
+    with pytest.raises(ConfigError, match=r"^data.streaming=true: evaluation reads a prepared corpus; "):
+        open_corpus(config.data, [])
 
 
 def test_mistakes_end_before_anything_is_written(corpus, ranks, streamed, tmp_path):
