@@ -2,7 +2,8 @@
 
 import math
 
-from configs.schema import ConfigError, RunConfig, StageConfig
+from configs.mapping import nearest
+from configs.schema import ConfigError, MixConfig, RunConfig, StageConfig, TokenizerKind
 
 
 def check_run(run: RunConfig, *, world_size: int) -> None:
@@ -31,6 +32,8 @@ def check_run(run: RunConfig, *, world_size: int) -> None:
             f"parallel.ffn_tile={run.parallel.ffn_tile}: is larger than the {tokens} tokens of the largest micro-batch "
             f"({rows} × seq_len={seq_len}{shared}), so nothing would be tiled; a smaller tile, or 0 for none"
         )
+    if run.data.streaming:
+        _check_streaming(run)
 
 
 def check_stage(run: RunConfig, stage: StageConfig, index: int, world_size: int) -> None:
@@ -72,6 +75,41 @@ def check_stage(run: RunConfig, stage: StageConfig, index: int, world_size: int)
             f"{key}.batch_tokens={stage.batch_tokens}: is {stage.rows} rows of {stage.seq_len}, which {sharing} × "
             f"parallel.micro_batch_rows={micro_batch_rows} = {together} does not divide; {near} is the nearest that it does"
         )
+
+
+def _check_streaming(run: RunConfig) -> None:
+    """Raises ConfigError where a run that streams its sources asks for what only a prepared corpus can give."""
+    if not run.data.sources:
+        raise ConfigError("data.sources=[]: must name at least one source for data.streaming=true")
+    run.data.require_paths()
+    if run.data.tokenizer.kind is TokenizerKind.TRAIN:
+        raise ConfigError(
+            "data.tokenizer.kind=train: data.streaming=true tokenises with a tokenizer that exists; "
+            "accepted: sentencepiece, huggingface, with data.tokenizer.path"
+        )
+    names, first = [source.name for source in run.data.sources], run.stages[0].mix
+    for index, mix in enumerate(stage.mix for stage in run.stages):
+        key = f"stages.{index}.mix"
+        unknown: dict[str, object] = {
+            "buckets": [bucket.min_tokens for bucket in mix.buckets],
+            "temperature": mix.temperature if mix.temperature != MixConfig.temperature else None,
+            "sources": next((f"epochs of {source.name}" for source in mix.sources if source.epochs), None),
+        }
+        for asked, value in unknown.items():
+            if value:
+                raise ConfigError(f"{key}.{asked}={value}: needs the lengths of all documents, which data.streaming=true does not know")
+        for number, source in enumerate(mix.sources):
+            if source.name not in names:
+                near = nearest(source.name, names)
+                raise ConfigError(f"{key}.sources.{number}.name={source.name}: no such source{near}; data.sources has {', '.join(names)}")
+        drawn = [source.name for source in mix.sources] or names
+        if len(drawn) > 1 and not any(source.weight for source in mix.sources):
+            raise ConfigError(f"{key}.sources: must give weights to {', '.join(drawn)}, whose sizes data.streaming=true does not know")
+        for limit in ("min_document_tokens", "max_document_tokens"):
+            if getattr(mix, limit) != getattr(first, limit):
+                raise ConfigError(
+                    f"{key}.{limit}={getattr(mix, limit)}: must be {getattr(first, limit)} as in stages.0, with data.streaming=true"
+                )
 
 
 def divisors(number: int) -> str:

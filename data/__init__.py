@@ -10,6 +10,9 @@ Made once, by `scripts.prepare_data`:
     manifest.py    what a prepared folder says about itself, and its checksums
 Asked of a finished one, by `scripts.inspect_data`:
     contamination.py  what held-out documents share with training documents
+Read by a run that prepares nothing:
+    reading.py     a source read and tokenised by a process of its own, ahead of training; failures tried again
+    streaming.py   groups of its documents as they come, rows of them, the corpus whose sources they are
 Read at each step of training:
     shards.py      a prepared corpus, checked and memory-mapped
     mix.py         pools of documents by source and length, and the rule that takes rows from them in the shares of a stage's mix

@@ -1,18 +1,39 @@
 """Packed rows: what a model is fed in one forward pass."""
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from data.shards import DocumentTable
 from data.stream import Piece
 
 IGNORE = -100
 """Label of a token that predicts nothing: the last of its document, and padding."""
 PADDING = -1
 """What stands for a document where a row's end is padding."""
+
+
+class Documents(Protocol):
+    """The documents of a split: of a prepared corpus (`data.shards.DocumentTable`), or those in memory (`data.streaming`)."""
+
+    name: str
+    sources: list[str]
+
+    @property
+    def num_documents(self) -> int:
+        """Numbered 0..num_documents-1."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each, separators included: [num_documents] int64."""
+
+    @property
+    def source_numbers(self) -> np.ndarray:
+        """The position in `sources` of each one's source: [num_documents]."""
+
+    def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens [start, stop) of one."""
 
 
 class PieceOrigin(NamedTuple):
@@ -54,7 +75,7 @@ class Batch:
         return replace(self, tokens=self.tokens.to(device), labels=self.labels.to(device), positions=self.positions.to(device))
 
 
-def pack(table: DocumentTable, rows: list[list[Piece]], seq_len: int, *, step_targets: int, masked_rows: int = 0) -> Batch:
+def pack(table: Documents, rows: list[list[Piece]], seq_len: int, *, step_targets: int, masked_rows: int = 0) -> Batch:
     """A batch of `rows` of `seq_len` tokens, each the pieces that it holds.
 
     The last `masked_rows` rows are there for their shape alone: all their labels are IGNORE.

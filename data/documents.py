@@ -5,12 +5,14 @@ Local formats are read directly (files, `json`, `pyarrow`), because only so can 
 the hub is streamed through `datasets`, which honours HF_HUB_OFFLINE. Memory holds one document at a time, or a few of them.
 """
 
+import errno
 import glob
 import gzip
 import hashlib
 import io
 import itertools
 import json
+import math
 import sysconfig
 import zlib
 from collections import Counter, defaultdict
@@ -18,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from configs.schema import ConfigError, InvalidText, SourceConfig, SourceFormat
 
@@ -27,6 +29,12 @@ Raw = Iterator[tuple[str, bytes | str]]
 
 _EXAMPLES = 3
 _BATCH_BYTES = 8 << 20  # of a parquet column that are decoded at a time
+# What a disk or a network may answer today and not tomorrow; files that are not there, not allowed or broken stay so.
+_PASSING = {
+    getattr(errno, name)
+    for name in ("EIO", "ESTALE", "EAGAIN", "EBUSY", "EREMOTEIO", "ENOTCONN", "ENETDOWN", "ENETUNREACH", "EHOSTDOWN", "EHOSTUNREACH")
+    if hasattr(errno, name)
+}
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -41,6 +49,28 @@ class Document:
     text: str
     source: str
     name: str
+
+
+class Share(NamedTuple):
+    """The part of a source that one of several readers takes: they have every document between them, and none twice.
+
+    As `datasets.distributed.split_dataset_by_node`, which does it on the hub: of files whose number `world_size` divides, every
+    `world_size`-th; otherwise every `world_size`-th document of all.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+
+    def takes(self, number: int) -> bool:
+        """Whether the thing of this number is in the share."""
+        return number % self.world_size == self.rank
+
+    def of(self, count: int) -> int:
+        """How many of so many things are."""
+        return (count + self.world_size - 1 - self.rank) // self.world_size
+
+
+WHOLE = Share()
 
 
 class LeftOut:
@@ -83,6 +113,8 @@ class Part:
     """Bytes on the disk that have been read of it."""
     decode: Callable[[bytes | str, str], str | None] = lambda content, name: None
     """What the reader makes of content by its name: its text, or None where it is left out."""
+    share: Share = WHOLE
+    """What of a data set on the hub is read."""
     hub_state: Callable[[], Any] | None = None
     """Says where the hub's stream stands, once it is open."""
 
@@ -95,25 +127,34 @@ class Part:
 class DocumentReader:
     """The documents of one source, in an order that depends on nothing but its content. Made by `read_documents`."""
 
-    def __init__(self, source: SourceConfig, invalid_utf8: InvalidText, left_out: LeftOut, place: dict[str, Any] | None) -> None:
-        self._source, self._invalid_utf8, self._left_out = source, invalid_utf8, left_out
+    def __init__(
+        self, source: SourceConfig, invalid_utf8: InvalidText, left_out: LeftOut, place: dict[str, Any] | None, share: Share
+    ) -> None:
+        self._source, self._invalid_utf8, self._left_out, self._share = source, invalid_utf8, left_out, share
         self._parts = _guarded(source, lambda: _PARTS[source.format](source))
         for part in self._parts:
-            part.decode = self._decode
+            part.decode, part.share = self._decode, share
         start = place or {"part": 0, "record": 0, "taken": 0}
         self._part, self._record, self._taken = start["part"], start["record"], start["taken"]
         self._begin_hub = start.get("hub")
         self._sizes = _guarded(source, lambda: list(itertools.accumulate((part.size for part in self._parts), initial=0)))
 
     def __iter__(self) -> Iterator[Document]:
-        most = self._source.max_documents
+        most = self._share.of(self._source.max_documents) if self._source.max_documents else math.inf
+        on_hub = self._source.format is SourceFormat.HUB
+        by_part = len(self._parts) % self._share.world_size == 0
         records = _RECORDS[self._source.format]
         try:
-            while self._part < len(self._parts) and (not most or self._taken < most):
+            while self._part < len(self._parts) and self._taken < most:
+                if by_part and not self._share.takes(self._part):
+                    self._part += 1
+                    continue
                 part = self._parts[self._part]
-                begin = self._begin_hub if self._source.format is SourceFormat.HUB else self._record
-                for name, content in records(self._source, part, begin):
+                for name, content in records(self._source, part, self._begin_hub if on_hub else self._record):
                     self._record += 1
+                    # By part and record: where each part is one document, they are not all of the first share.
+                    if not (on_hub or by_part or self._share.takes(self._part + self._record - 1)):
+                        continue
                     text = self._decode(content, name)
                     del content  # a hundred megabytes, perhaps
                     if text is None:
@@ -124,7 +165,7 @@ class DocumentReader:
                         return
                 self._part, self._record, self._begin_hub = self._part + 1, 0, None
         except (OSError, EOFError, zlib.error) as error:  # unreadable files, broken .gz
-            raise _refusal(self._source, f"cannot be read ({error})") from error
+            raise _unreadable(self._source, error, f"{self._parts[self._part].name} ") from error
 
     def _decode(self, content: bytes | str, name: str) -> str | None:
         try:
@@ -155,6 +196,10 @@ class DocumentReader:
             return self._sizes[self._part] + self._parts[self._part].done, self._sizes[-1]
         return self._sizes[-1], self._sizes[-1]
 
+    def parts(self) -> dict[str, int]:
+        """What there is to read, by name: bytes on the disk, 0 on the hub."""
+        return {part.name: part.size for part in self._parts}
+
     def fingerprint(self) -> str:
         """A digest of the names, sizes and times of the files there are to read: another one means that documents may be others."""
         digest = hashlib.blake2b(digest_size=16)
@@ -166,22 +211,27 @@ class DocumentReader:
 
 
 def read_documents(
-    source: SourceConfig, *, invalid_utf8: InvalidText, left_out: LeftOut, place: dict[str, Any] | None = None
+    source: SourceConfig, *, invalid_utf8: InvalidText, left_out: LeftOut, place: dict[str, Any] | None = None, share: Share = WHOLE
 ) -> DocumentReader:
-    """The documents of `source` from its beginning, or from a `place()` of an earlier reader.
+    """The documents of `source`, or of a share of it, from its beginning, or from a `place()` of an earlier reader of the same share.
 
     Documents that are not UTF-8 are added to `left_out` as `invalid_utf8`, or refused. Raises ConfigError for those, and
     for a source that is missing, unreadable or without the named column: what can be seen before a file is opened at once,
-    the rest where it is met. Raises Outage where the hub cannot be reached.
+    the rest where it is met. Raises Outage where the hub cannot be reached, or a disk does not answer.
     """
-    return DocumentReader(source, invalid_utf8, left_out, place)
+    return DocumentReader(source, invalid_utf8, left_out, place, share)
 
 
 def _guarded(source: SourceConfig, listing: Callable[[], Any]) -> Any:
     try:
         return listing()
     except OSError as error:
-        raise _refusal(source, f"cannot be read ({error})") from error
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: SourceConfig, error: Exception, what: str = "") -> ConfigError:
+    passing = isinstance(error, ConnectionError | TimeoutError) or (isinstance(error, OSError) and error.errno in _PASSING)
+    return _refusal(source, f"{what}cannot be read ({error})", kind=Outage if passing else ConfigError)
 
 
 def _refusal(source: SourceConfig, problem: str, key: str = "path", kind: type[ConfigError] = ConfigError) -> ConfigError:
@@ -400,10 +450,12 @@ def _hub_parts(source: SourceConfig) -> list[Part]:
 
 def _hub(source: SourceConfig, part: Part, begin: dict[str, Any] | None) -> Raw:
     from datasets import load_dataset
+    from datasets.distributed import split_dataset_by_node
 
     first = 0
     try:
         rows = load_dataset(source.path, name=source.subset or None, split=source.split, streaming=True)
+        rows = split_dataset_by_node(rows, rank=part.share.rank, world_size=part.share.world_size)
         if begin is not None:
             rows.load_state_dict(begin["state"])
             first = begin["row"]

@@ -34,7 +34,7 @@ INDEX = np.dtype(
     ]
 )
 
-_NOT_CONTENT = ("name", "prepared_dir", "num_workers")  # fields of DataConfig that leave the corpus as it is
+_NOT_CONTENT = ("name", "prepared_dir", "streaming", "num_workers")  # fields of DataConfig that leave the corpus as it is
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,23 +10,24 @@ choice is the same on every machine.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Generic
 
 import numpy as np
 
 from configs.mapping import nearest
 from configs.schema import ConfigError, MixConfig, Packing
 from data.shards import DocumentTable
-from data.stream import Piece, Position, Progress, Row, TokenStream, Visit
+from data.stream import Piece, Place, Position, Progress, Row, RowStream, TokenStream, Visit
 
 LONG = (8192, 32768, 131072)
 """Lengths in tokens from which on documents are counted as long, in reports and in a run's figures."""
 EVERYTHING = "*"
 """Name of the pool of all sources and lengths."""
-_WHOLE = 2**32  # the sum of shares
+WHOLE = 2**32
+"""The sum of shares."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,7 @@ def shares(pools: Sequence[Pool], mix: MixConfig, table: DocumentTable) -> list[
     }
     total = sum(wanted.values())
     return [
-        max(1, round(_WHOLE * wanted[pool.source] / total * size / by_source[pool.source])) if size else 0
+        max(1, round(WHOLE * wanted[pool.source] / total * size / by_source[pool.source])) if size else 0
         for pool, size in zip(pools, sizes, strict=True)
     ]
 
@@ -146,21 +147,88 @@ def _span(table: DocumentTable) -> str:
     return f"{table.lengths.min()} to {table.lengths.max()}"
 
 
-class PoolProgress(NamedTuple):
+@dataclass(frozen=True)
+class PoolProgress(Generic[Place]):
     """A pool's place: what of its stream is visited, the tokens that have come of it, and how many of those under the present mix."""
 
-    visited: Progress = Progress()
+    visited: Progress[Place]
     tokens: int = 0
     counted: int = 0
 
 
-class MixedStream:
-    """The endless sequence of rows of a stage: pools under the shares of its mix. Raises ConfigError for a mix that cannot be drawn."""
+class MixedRows(Generic[Place]):
+    """The endless sequence of rows of several streams by name, each with its share (of any whole) of the tokens; shares of 0 wait."""
+
+    def __init__(self, streams: Mapping[str, RowStream[Place]], shares: Sequence[int], *, seq_len: int, packing: Packing) -> None:
+        self.names, self.shares, self.seq_len, self.packing = list(streams), list(shares), seq_len, packing
+        self._streams = list(streams.values())
+        self._active = [number for number, share in enumerate(shares) if share]
+
+    def beginning(self) -> list[PoolProgress[Place]]:
+        """The progress before the first row."""
+        return [PoolProgress(Progress(stream.beginning)) for stream in self._streams]
+
+    def take(
+        self, progress: Sequence[PoolProgress[Place]], num_rows: int
+    ) -> tuple[list[tuple[int, Row[Place]]], list[PoolProgress[Place]]]:
+        """The next `num_rows` rows, each with the number of its stream, and the progress of every stream after them."""
+        after, taken = list(progress), list[tuple[int, Row[Place]]]()
+        while len(taken) < num_rows:
+            number, count = self._behind(after), num_rows - len(taken) if len(self._active) == 1 else 1
+            place = after[number]
+            rows, visited = self._streams[number].take(place.visited, count, self.seq_len, self.packing)
+            tokens = sum(length for row in rows for _, length in row)
+            after[number] = PoolProgress(visited, place.tokens + tokens, place.counted + tokens)
+            taken += [(number, row) for row in rows]
+        return taken, after
+
+    def _behind(self, progress: Sequence[PoolProgress[Place]]) -> int:
+        """The stream that, once there is a row more, is furthest behind its share; the first of several."""
+        total = self.seq_len + sum(progress[number].counted for number in self._active)
+        return max(self._active, key=lambda number: self.shares[number] * total - WHOLE * progress[number].counted)
+
+    def to_state(self, progress: Sequence[PoolProgress[Place]]) -> dict[str, Any]:
+        """Integers and names, by stream, fit for JSON; `share` is that of the mix under which `counted` was counted."""
+        return {
+            name: {
+                **stream.place_to_state(place.visited.start),
+                "views": [[view.seq_len, view.rows, view.packing.value] for view in place.visited.views],
+                "tokens": place.tokens,
+                "counted": place.counted,
+                "share": share,
+            }
+            for name, stream, place, share in zip(self.names, self._streams, progress, self.shares, strict=True)
+        }
+
+    def from_state(self, state: dict[str, Any]) -> list[PoolProgress[Place]]:
+        """The inverse; counting begins anew under another mix. Raises ConfigError where the run has other streams."""
+        if list(state) != self.names:
+            raise ConfigError(
+                f"resume: the saved stream has documents in pools {', '.join(state)}, the mixes of this run make {', '.join(self.names)}; "
+                "what a later stage tells apart (sources, lengths), some mix of the run it goes on from must have told apart"
+            )
+        same = [place["share"] for place in state.values()] == self.shares
+        return [
+            PoolProgress(
+                Progress(
+                    stream.place_from_state(place),
+                    tuple(Visit(seq_len, rows, Packing(packing)) for seq_len, rows, packing in place["views"]),
+                ),
+                place["tokens"],
+                place["counted"] if same else 0,
+            )
+            for stream, place in zip(self._streams, state.values(), strict=True)
+        ]
+
+
+class MixedStream(MixedRows[Position]):
+    """The rows of a stage over a prepared corpus: its pools under the shares of its mix. Raises ConfigError for a mix that cannot be
+    drawn."""
 
     def __init__(self, table: DocumentTable, mix: MixConfig, mixes: Sequence[MixConfig], *, seed: int, seq_len: int) -> None:
-        self.pools, self.seed, self._seq_len, self._packing = partition(table, mixes), seed, seq_len, mix.packing
-        self.shares = shares(self.pools, mix, table)
-        self._active = [number for number, share in enumerate(self.shares) if share]
+        self.pools = partition(table, mixes)
+        self._tokens = {pool.name: TokenStream(pool.lengths, seed=seed, key=_key(pool)) for pool in self.pools}
+        super().__init__(self._tokens, shares(self.pools, mix, table), seq_len=seq_len, packing=mix.packing)
         for number in self._active:
             pool = self.pools[number]
             if pool.tokens < seq_len and mix.packing is not Packing.SEPARATE:
@@ -168,76 +236,23 @@ class MixedStream:
                     f"seq_len={seq_len}: the documents of {describe(pool, table)} have {pool.tokens} tokens and "
                     f"fill no row; shorten the rows{'' if pool.name == EVERYTHING else ', or leave them out of the mix'}"
                 )
-        self._streams = [TokenStream(pool.lengths, seed=seed, key=_key(pool)) for pool in self.pools]
 
-    def take(self, progress: Sequence[PoolProgress], num_rows: int) -> tuple[list[tuple[int, Row]], list[PoolProgress]]:
-        """The next `num_rows` rows, each with the number of its pool, and the progress of every pool after them."""
-        after, taken = list(progress), list[tuple[int, Row]]()
-        while len(taken) < num_rows:
-            number, count = self._behind(after), num_rows - len(taken) if len(self._active) == 1 else 1
-            place = after[number]
-            rows, visited = self._streams[number].take(place.visited, count, self._seq_len, self._packing)
-            tokens = sum(length for row in rows for _, length in row)
-            after[number] = PoolProgress(visited, place.tokens + tokens, place.counted + tokens)
-            taken += [(number, row) for row in rows]
-        return taken, after
-
-    def _behind(self, progress: Sequence[PoolProgress]) -> int:
-        """The pool that, once there is a row more, is furthest behind its share; the first of several."""
-        total = self._seq_len + sum(progress[number].counted for number in self._active)
-        return max(self._active, key=lambda number: self.shares[number] * total - _WHOLE * progress[number].counted)
-
-    def pieces(self, number: int, row: Row) -> list[Piece]:
+    def pieces(self, number: int, row: Row[Position]) -> list[Piece]:
         """A row of pool `number` as pieces of the split's documents."""
-        documents = self.pools[number].documents
-        return [Piece(int(documents[piece.document]), piece.start, piece.stop) for piece in self._streams[number].pieces(row)]
+        documents, stream = self.pools[number].documents, self._tokens[self.names[number]]
+        return [Piece(int(documents[piece.document]), piece.start, piece.stop) for piece in stream.pieces(row)]
 
-    def num_targets(self, rows: Sequence[tuple[int, Row]]) -> int:
+    def num_targets(self, rows: Sequence[tuple[int, Row[Position]]]) -> int:
         """Tokens of the rows that have a next one in their document."""
         tokens = sum(length for _, row in rows for _, length in row)
-        return tokens - sum(self._streams[number].num_document_ends([row]) for number, row in rows)
-
-    def to_state(self, progress: Sequence[PoolProgress]) -> dict[str, Any]:
-        """Integers and names, by pool, fit for JSON; `share` is that of the mix under which `counted` was counted."""
-        return {
-            pool.name: {
-                "epoch": place.visited.start.epoch,
-                "offset": place.visited.start.offset,
-                "views": [[view.seq_len, view.rows, view.packing.value] for view in place.visited.views],
-                "tokens": place.tokens,
-                "counted": place.counted,
-                "share": share,
-            }
-            for pool, place, share in zip(self.pools, progress, self.shares, strict=True)
-        }
-
-    def from_state(self, state: dict[str, Any]) -> list[PoolProgress]:
-        """The inverse; counting begins anew under another mix. Raises ConfigError where the run has other pools."""
-        names = [pool.name for pool in self.pools]
-        if list(state) != names:
-            raise ConfigError(
-                f"resume: the saved stream has documents in pools {', '.join(state)}, the mixes of this run make {', '.join(names)}; "
-                "what a later stage tells apart (sources, lengths), some mix of the run it goes on from must have told apart"
-            )
-        same = [place["share"] for place in state.values()] == self.shares
-        return [
-            PoolProgress(
-                Progress(
-                    Position(place["epoch"], place["offset"]),
-                    tuple(Visit(seq_len, rows, Packing(packing)) for seq_len, rows, packing in place["views"]),
-                ),
-                place["tokens"],
-                place["counted"] if same else 0,
-            )
-            for place in state.values()
-        ]
+        return tokens - sum(self._tokens[self.names[number]].num_document_ends([row]) for number, row in rows)
 
 
 def upgraded(state: dict[str, Any], epoch_tokens: int) -> dict[str, Any]:
     """The pools of a stream saved before there were mixes: one pool of `epoch_tokens`, epoch, offset and [seq_len, rows] beside them."""
     tokens = state["epoch"] * epoch_tokens + state["offset"] + sum(seq_len * rows for seq_len, rows in state["views"])
     views = [[seq_len, rows, Packing.CONCAT.value] for seq_len, rows in state["views"]]
-    place = {"epoch": state["epoch"], "offset": state["offset"], "views": views, "tokens": tokens, "counted": tokens, "share": _WHOLE}
+    place = {"epoch": state["epoch"], "offset": state["offset"], "views": views, "tokens": tokens, "counted": tokens, "share": WHOLE}
     return {EVERYTHING: place}
 
 
@@ -253,7 +268,12 @@ def _key(pool: Pool) -> tuple[int, ...]:
     """What tells a pool's order apart; the order of all documents is that of a stream without a key."""
     if pool.name == EVERYTHING:
         return ()
-    return (int.from_bytes(hashlib.blake2b(pool.name.encode(), digest_size=8).digest(), "little"),)
+    return (number_of(pool.name),)
+
+
+def number_of(name: str) -> int:
+    """A number that tells the orders of streams of this name and of others apart."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,6 +125,11 @@ class Corpus:
             self._splits[name] = DocumentTable(self.folder, name, self.manifest)
         return self._splits[name]
 
+    @property
+    def name(self) -> str:
+        """The corpus in messages."""
+        return f"data.prepared_dir={self.folder}"
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the shards were made with."""

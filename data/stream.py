@@ -8,9 +8,10 @@ order, fill rows anew and are shuffled anew: the next *view* of the group. So ba
 length and packing too, and no token is held back, repeated or skipped.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -31,6 +32,10 @@ class Position:
     offset: int = 0
 
 
+Place = TypeVar("Place")
+"""Where a group begins: a Position, or whatever else a stream tells its places by; hashable."""
+
+
 class Visit(NamedTuple):
     """A view of a group: its row length in tokens, how many of its rows are visited (some, not all), its packing."""
 
@@ -40,11 +45,10 @@ class Visit(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What is visited: all before the position `start`, where a group begins, and some rows of each view of that group, the newest
-    view last."""
+class Progress(Generic[Place]):
+    """What is visited: all before `start`, where a group begins, and some rows of each view of that group, the newest view last."""
 
-    start: Position = Position()
+    start: Place
     views: tuple[Visit, ...] = ()
 
 
@@ -56,32 +60,49 @@ class Piece(NamedTuple):
     stop: int
 
 
-Row = list[tuple[Position, int]]
+Row = list[tuple[Place, int]]
 """A row as stretches of the stream: where each begins, and its tokens; what they do not fill is padding."""
 
 
-class TokenStream:
-    """The endless stream over documents of the given lengths ([num_documents] int64, tokens, each at least 1).
+class RowStream(ABC, Generic[Place]):
+    """Documents laid end to end without end, as rows; `key` tells the orders of streams apart. What lies where, a subclass knows."""
 
-    `key` tells streams of one seed apart.
-    """
-
-    def __init__(self, lengths: np.ndarray, *, seed: int, key: tuple[int, ...] = ()) -> None:
-        if len(lengths) == 0:
-            raise ConfigError("the split holds no documents")
-        self.lengths, self.seed, self._key = lengths, seed, (seed, *key)
-        self.epoch_tokens = int(lengths.sum())
-        self._order = lru_cache(maxsize=2)(self._compute_order)
+    def __init__(self, key: tuple[int, ...]) -> None:
+        self._key = key
         self._view = lru_cache(maxsize=2)(self._compute_view)
 
-    def advance(self, position: Position, num_tokens: int) -> Position:
-        """The position `num_tokens` further on."""
-        epochs, offset = divmod(position.offset + num_tokens, self.epoch_tokens)
-        return Position(position.epoch + epochs, offset)
+    beginning: Place
+    """Where the stream begins."""
 
-    def take(self, progress: Progress, num_rows: int, seq_len: int, packing: Packing = Packing.CONCAT) -> tuple[list[Row], Progress]:
+    @abstractmethod
+    def advance(self, place: Place, num_tokens: int) -> Place:
+        """The place `num_tokens` further on."""
+
+    @abstractmethod
+    def _number(self, place: Place) -> tuple[int, ...]:
+        """Numbers that no other place has."""
+
+    @abstractmethod
+    def _group_end(self, start: Place, packing: Packing) -> int:
+        """Where the group at `start` ends, in tokens from there."""
+
+    @abstractmethod
+    def _cut_at_documents(self, start: Place, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Stretches in tokens from `start`, cut where documents end."""
+
+    @abstractmethod
+    def place_to_state(self, place: Place) -> dict[str, Any]:
+        """A place as JSON values."""
+
+    @abstractmethod
+    def place_from_state(self, state: dict[str, Any]) -> Place:
+        """The inverse."""
+
+    def take(
+        self, progress: Progress[Place], num_rows: int, seq_len: int, packing: Packing = Packing.CONCAT
+    ) -> tuple[list[Row[Place]], Progress[Place]]:
         """The next `num_rows` rows of `seq_len` tokens after `progress`, and the progress after them."""
-        taken: list[Row] = []
+        taken: list[Row[Place]] = []
         while len(taken) < num_rows:
             earlier, visited = progress.views, 0
             if earlier and (earlier[-1].seq_len, earlier[-1].packing) == (seq_len, packing):
@@ -96,39 +117,7 @@ class TokenStream:
                 progress = Progress(self.advance(progress.start, view.end))
         return taken, progress
 
-    def pieces(self, row: Row) -> list[Piece]:
-        """A row as pieces of documents."""
-        found: list[Piece] = []
-        for position, num_tokens in row:
-            while num_tokens > 0:
-                documents, ends = self._order(position.epoch)
-                at = int(np.searchsorted(ends, position.offset, side="right"))
-                document = int(documents[at])
-                length = int(self.lengths[document])
-                start = length - (int(ends[at]) - position.offset)
-                stop = min(start + num_tokens, length)
-                found.append(Piece(document, start, stop))
-                num_tokens -= stop - start
-                position = self.advance(position, stop - start)
-        return found
-
-    def num_document_ends(self, rows: list[Row]) -> int:
-        """How many of the rows' tokens are the last of their document (and so predict nothing)."""
-        total = 0
-        for position, num_tokens in (stretch for row in rows for stretch in row):
-            end = self.advance(position, num_tokens)
-            total += (end.epoch - position.epoch) * len(self.lengths) + self._ends_before(end) - self._ends_before(position)
-        return total
-
-    def _ends_before(self, position: Position) -> int:
-        return int(np.searchsorted(self._order(position.epoch)[1], position.offset, side="right"))
-
-    def _compute_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Documents in the epoch's order, and where each ends in it (tokens): two arrays [num_documents] int64."""
-        documents = _shuffled(len(self.lengths), *self._key, epoch)
-        return documents, np.cumsum(self.lengths[documents])
-
-    def _compute_view(self, start: Position, earlier: tuple[Visit, ...], seq_len: int, packing: Packing) -> "_View":
+    def _compute_view(self, start: Place, earlier: tuple[Visit, ...], seq_len: int, packing: Packing) -> "_View":
         """The view of the group at `start` with rows of `seq_len`, after `earlier` views have visited their rows."""
         if earlier:
             parent = self._view(start, earlier[:-1], earlier[-1].seq_len, earlier[-1].packing)
@@ -147,13 +136,73 @@ class TokenStream:
             return whole(np.array([end]), np.array([end + num_tokens]))
 
         filled = fill(*whole(starts, stops), seq_len, packing, follow)
-        key = (*self._key, start.epoch, start.offset, len(earlier), seq_len)
+        key = (*self._key, *self._number(start), len(earlier), seq_len)
         if packing is not Packing.CONCAT:
             key = (*key, list(Packing).index(packing))
         return _View(*filled[:3], _shuffled(filled.num_rows, *key), end + added)
 
+
+class TokenStream(RowStream[Position]):
+    """The endless stream over documents of the given lengths ([num_documents] int64, tokens, each at least 1).
+
+    `key` tells streams of one seed apart.
+    """
+
+    def __init__(self, lengths: np.ndarray, *, seed: int, key: tuple[int, ...] = ()) -> None:
+        if len(lengths) == 0:
+            raise ConfigError("the split holds no documents")
+        super().__init__((seed, *key))
+        self.beginning = Position()
+        self.lengths = lengths
+        self.epoch_tokens = int(lengths.sum())
+        self._order = lru_cache(maxsize=2)(self._compute_order)
+
+    def advance(self, place: Position, num_tokens: int) -> Position:
+        epochs, offset = divmod(place.offset + num_tokens, self.epoch_tokens)
+        return Position(place.epoch + epochs, offset)
+
+    def place_to_state(self, place: Position) -> dict[str, Any]:
+        return {"epoch": place.epoch, "offset": place.offset}
+
+    def place_from_state(self, state: dict[str, Any]) -> Position:
+        return Position(state["epoch"], state["offset"])
+
+    def pieces(self, row: Row[Position]) -> list[Piece]:
+        """A row as pieces of documents."""
+        found: list[Piece] = []
+        for position, num_tokens in row:
+            while num_tokens > 0:
+                documents, ends = self._order(position.epoch)
+                at = int(np.searchsorted(ends, position.offset, side="right"))
+                document = int(documents[at])
+                length = int(self.lengths[document])
+                start = length - (int(ends[at]) - position.offset)
+                stop = min(start + num_tokens, length)
+                found.append(Piece(document, start, stop))
+                num_tokens -= stop - start
+                position = self.advance(position, stop - start)
+        return found
+
+    def num_document_ends(self, rows: list[Row[Position]]) -> int:
+        """How many of the rows' tokens are the last of their document (and so predict nothing)."""
+        total = 0
+        for position, num_tokens in (stretch for row in rows for stretch in row):
+            end = self.advance(position, num_tokens)
+            total += (end.epoch - position.epoch) * len(self.lengths) + self._ends_before(end) - self._ends_before(position)
+        return total
+
+    def _ends_before(self, position: Position) -> int:
+        return int(np.searchsorted(self._order(position.epoch)[1], position.offset, side="right"))
+
+    def _compute_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Documents in the epoch's order, and where each ends in it (tokens): two arrays [num_documents] int64."""
+        documents = _shuffled(len(self.lengths), *self._key, epoch)
+        return documents, np.cumsum(self.lengths[documents])
+
+    def _number(self, place: Position) -> tuple[int, ...]:
+        return place.epoch, place.offset
+
     def _group_end(self, start: Position, packing: Packing) -> int:
-        """Where the group at `start` ends, in tokens from there."""
         left = self.epoch_tokens - start.offset
         if left < 2 * SHUFFLE_TOKENS:  # no short group at the end: its rows would be neighbours
             return left
@@ -163,7 +212,6 @@ class TokenStream:
         return int(ends[np.searchsorted(ends, start.offset + SHUFFLE_TOKENS)]) - start.offset
 
     def _cut_at_documents(self, start: Position, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Stretches in tokens from `start`, cut where documents end."""
         bounds, before, last = [], -start.offset, self.advance(start, int(stops[-1])).epoch
         for epoch in range(start.epoch, last + 1):
             ends = self._order(epoch)[1]

@@ -108,7 +108,7 @@ def _encoded(
         waiting: deque[tuple[list[bool], Future[list[np.ndarray]]]] = deque()
         try:
             for chunk in _chunks(parts):
-                with _interrupts_held(), _bare_main():
+                with interrupts_held(), bare_main():
                     waiting.append(([part.ends for part in chunk], pool.submit(_encode, chunk, dtype)))
                 if len(waiting) > 3 * num_workers:
                     yield from _result(waiting)
@@ -121,7 +121,7 @@ def _encoded(
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
+def interrupts_held() -> Iterator[None]:
     """Ctrl-C waits until the block ends. Processes that start in it hold it for ever: it is the parent's to handle."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -131,7 +131,7 @@ def _interrupts_held() -> Iterator[None]:
 
 
 @contextmanager
-def _bare_main() -> Iterator[None]:
+def bare_main() -> Iterator[None]:
     """A process that is spawned imports the program that runs, with all that it imports, torch perhaps: seconds for nothing here."""
     program = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
@@ -151,11 +151,11 @@ def _load(path: Path) -> None:
     # A signal to the parent's group would end this process in the middle of a result, for whose rest the parent then waits for ever.
     os.setpgid(0, 0)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     _tokenizer = load_tokenizer(path)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A worker holds its own queue open and would wait for ever on a parent that was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None

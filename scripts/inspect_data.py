@@ -3,6 +3,7 @@
     document=12 split=heldout            decode document 12 of the held-out ones
     document=12 tokens=1000..1200        tokens 1000 to 1199 of it
     tokens=1000..1200                    those of the whole split, document after document
+    mix.packing=best_fit seq_len=32768   what a stage under a mix trains on: sources, epochs, share of long documents, padding
     contamination=true                   13-grams of tokens that held-out documents share with training documents
     verify=true                          compare every file with its checksum
 
@@ -22,11 +23,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from configs.registry import command, show
-from configs.schema import ConfigError, InspectConfig
+from configs.schema import ConfigError, InspectConfig, MixConfig
 from data.contamination import WINDOW, contamination
 from data.documents import describe_left_out
+from data.loader import require_documents
 from data.manifest import SPLITS
 from data.mix import LONG
+from data.mix import report as mix_report
 from data.shards import Corpus, DocumentTable, length_histogram
 from scripts.figures import plot_lengths, short_count
 from scripts.program import quoted, run
@@ -50,8 +53,9 @@ def report(config: InspectConfig) -> None:
     if config.document >= 0 or config.tokens:
         show(excerpt(corpus, config))
         return
+    training = [] if config.mix == MixConfig() else list(trained_on(corpus, config))
     figure = _draw(corpus, Path(config.output_dir))
-    lines = [*summary(corpus), *(["every file matches its checksum"] if config.verify else []), str(figure)]
+    lines = [*summary(corpus), *training, *(["every file matches its checksum"] if config.verify else []), str(figure)]
     if config.contamination:
         lines += ["", *contaminated(corpus)]
     show("\n".join(lines))
@@ -117,6 +121,22 @@ def summary(corpus: Corpus) -> Iterator[str]:
         share = counted[0][1] / max(1, manifest.splits["train"].tokens)
         figures = " ".join(f"{documents:>18,} {tokens:>15,}" for documents, tokens in counted)
         yield f"{f'{low:,}..{2 * low - 1:,}':>16} {figures}  {share:>5.1%} {'#' * round(40 * share)}"
+
+
+def trained_on(corpus: Corpus, config: InspectConfig) -> Iterator[str]:
+    """What a stage under `config.mix` will have read. Raises ConfigError where the corpus does not have what it asks for."""
+    table = corpus.split("train")
+    require_documents(corpus, table)
+    tokens = config.training_tokens or table.num_tokens
+    found = mix_report(table, config.mix, tokens=tokens, seq_len=config.seq_len)
+    packing = f"{config.mix.packing.value}, {found.padding:.1%} padding"
+    yield f"{tokens:,} training tokens under this mix, in rows of {config.seq_len:,} ({packing})"
+    for pool in found.pools:
+        yield (
+            f"  {pool.name:20} {pool.documents:>10,} documents {pool.tokens:>15,} tokens {pool.share:>7.1%} of training, "
+            f"{pool.epochs:.3g} epochs"
+        )
+    yield "  from documents of at least " + ", ".join(f"{short_count(least)}: {share:.1%}" for least, share in found.long.items())
 
 
 def contaminated(corpus: Corpus) -> Iterator[str]:

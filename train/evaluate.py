@@ -91,6 +91,11 @@ def context_lengths(config: EvaluateConfig, run: RunConfig, stage: StageConfig, 
 def open_corpus(data: DataConfig, tokenizers: Sequence[str]) -> Corpus:
     """The corpus, once it is sure that the checkpoint reads its tokens as they were meant: its tokenizer's hash is one of `tokenizers`
     (none: nothing is known). Raises ConfigError."""
+    if data.streaming:
+        raise ConfigError(
+            "data.streaming=true: evaluation reads a prepared corpus; prepare a part of the sources (max_documents) with the same "
+            "tokenizer and heldout_fraction, whose held-out documents are none that training on the stream has seen"
+        )
     corpus = Corpus.open(data.prepared_dir)
     if tokenizers and corpus.tokenizer_hash not in tokenizers:
         raise ConfigError(

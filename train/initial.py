@@ -10,7 +10,7 @@ from torch import Tensor
 from configs.mapping import to_mapping
 from configs.model_file import INIT_FILE, MODEL_FILE, ModelFile, describe, initial, note
 from configs.schema import ConfigError, RunConfig, StageConfig
-from data.shards import Corpus
+from data.loader import OpenCorpus
 from data.tokenizer import copy_tokenizer, tokenizer_hashes
 from model.hf import parameter_shapes
 from model.transformer import Transformer
@@ -123,7 +123,7 @@ def load_into(model: Transformer, folder: Path) -> None:
         fill(model, saved.shapes, saved.weight)
 
 
-def begin_from(run: RunConfig, model: Transformer, corpus: Corpus) -> None:
+def begin_from(run: RunConfig, model: Transformer, corpus: OpenCorpus) -> None:
     """Fills the model with the weights of `run.init_from`; every rank calls it before DeepSpeed takes the model.
 
     Raises ConfigError on all ranks where one cannot read them, where they are read differently, and where the corpus was made with
@@ -143,7 +143,7 @@ def begin_from(run: RunConfig, model: Transformer, corpus: Corpus) -> None:
         raise ConfigError(f"init_from={run.init_from}: the ranks read different weights there; give all machines the same files")
 
 
-def open_initial(run: RunConfig, corpus: Corpus | None) -> Source:
+def open_initial(run: RunConfig, corpus: OpenCorpus | None) -> Source:
     """The weights of `run.init_from`. Raises ConfigError as `open_source` does, and where the corpus (None: there is none to check yet)
     was made with another tokenizer."""
     try:
@@ -152,14 +152,15 @@ def open_initial(run: RunConfig, corpus: Corpus | None) -> Source:
         raise ConfigError(f"init_from={error}") from None
     if corpus and source.tokenizer_hashes and corpus.tokenizer_hash not in source.tokenizer_hashes:
         place = source.tokenizer or source.folder
+        remedy = f"{'stream' if run.data.streaming else 'prepare'} it with data.tokenizer.path={place}"
         raise ConfigError(
             f"init_from={run.init_from}: its weights were made with tokenizer {' or '.join(source.tokenizer_hashes)}, the corpus in "
-            f"data.prepared_dir={run.data.prepared_dir} with {corpus.tokenizer_hash}; prepare it with data.tokenizer.path={place}"
+            f"{corpus.name} with {corpus.tokenizer_hash}; {remedy}"
         )
     return source
 
 
-def note_beginning(run: RunConfig, folder: Path, corpus: Corpus) -> None:
+def note_beginning(run: RunConfig, folder: Path, corpus: OpenCorpus) -> None:
     """Keeps in the run's folder what a resume or an export would otherwise look for elsewhere: the model that `init_from` is and the
     tokenizer with its companions. For rank 0. Raises ConfigError where the disk is full."""
     try:
@@ -174,7 +175,7 @@ def note_beginning(run: RunConfig, folder: Path, corpus: Corpus) -> None:
         raise unwritable(f"run_dir={folder}", error) from None
 
 
-def _tokenizer_of(run: RunConfig, corpus: Corpus) -> Path:
+def _tokenizer_of(run: RunConfig, corpus: OpenCorpus) -> Path:
     """Where the corpus's tokenizer lies with the most companions: beside the weights the run began with, else in the corpus."""
     given = [Path(path) for path in (run.init_from, run.resume) if path]
     for folder in (place for path in given for place in (path, path / TOKENIZER, path.parent.parent / TOKENIZER)):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from configs.checks import check_vocabulary
 from configs.schema import RunConfig
-from data.shards import Corpus
+from data.loader import OpenCorpus, open_corpus
 from model.init import initialise
 from model.transformer import Transformer
 from train import checkpoint
@@ -36,8 +36,9 @@ class _Interrupt:
 def train(run: RunConfig, ranks: Ranks) -> None:
     """Trains `run` from its newest checkpoint, or from the start, to its end. Raises ConfigError for a user's mistake."""
     interrupt = _Interrupt()
-    corpus = on_main(ranks, lambda: Corpus.open(run.data.prepared_dir))
-    check_vocabulary(run, corpus=run.data.prepared_dir, vocab_size=corpus.vocab_size)
+    scored = run.evaluation.rows * max(stage.seq_len for stage in run.stages)
+    corpus = on_main(ranks, lambda: open_corpus(run.data, heldout_tokens=scored))
+    check_vocabulary(run, corpus=corpus.name, vocab_size=corpus.vocab_size)
     check_mixes(run, corpus)
     check_heldout(run, corpus)
     check_loss(run, ranks.device)
@@ -46,7 +47,7 @@ def train(run: RunConfig, ranks: Ranks) -> None:
         _train(run, ranks, corpus, folder, interrupt)
 
 
-def _train(run: RunConfig, ranks: Ranks, corpus: Corpus, folder: Path, interrupt: _Interrupt) -> None:
+def _train(run: RunConfig, ranks: Ranks, corpus: OpenCorpus, folder: Path, interrupt: _Interrupt) -> None:
     root = folder / CHECKPOINTS
     found = on_main(ranks, lambda: checkpoint.choose(run.resume, root, _say))
     state = checkpoint.read_state(found) if found else None

@@ -138,16 +138,18 @@ def check_plan(config: PlanConfig) -> list[str]:
         model = Transformer(config.model, config.stages[0].attention.per_layer(config.model.num_layers), config.stages[0].rope)
     build_optimizer(model, config.optim)
     folder = config.data.prepared_dir
-    corpus = Corpus.open(folder) if (Path(folder) / FILE_NAME).is_file() else None
+    corpus = _prepared(config)
     notes = []
     if config.init_from and Path(config.init_from).exists():
         open_initial(config, corpus)
     elif config.init_from:
         notes.append(f"init_from={config.init_from}: is not there yet, so model, RoPE and tokenizer were not checked against its weights")
+    if config.data.streaming:
+        return [*notes, "data.streaming=true: sources, vocabulary, held-out rows and resume are checked when the run reads them"]
     if corpus is None:
         said = "is not prepared yet, so vocabulary, held-out rows and resume were not checked against it"
         return [*notes, f"data.prepared_dir={folder}: {said}"]
-    check_vocabulary(config, corpus=folder, vocab_size=corpus.vocab_size)
+    check_vocabulary(config, corpus=corpus.name, vocab_size=corpus.vocab_size)
     check_mixes(config, corpus)
     check_heldout(config, corpus)
     if config.resume not in ("auto", "never"):
@@ -156,12 +158,18 @@ def check_plan(config: PlanConfig) -> list[str]:
     return notes
 
 
+def _prepared(config: PlanConfig, *, verify: bool | None = None) -> Corpus | None:
+    """The prepared corpus that the run will read, where there is one already."""
+    folder = Path(config.data.prepared_dir)
+    return Corpus.open(folder, verify=verify) if not config.data.streaming and (folder / FILE_NAME).is_file() else None
+
+
 def _mixes(config: PlanConfig, stages: Sequence[StagePlan]) -> tuple[MixReport, ...]:
     """What each stage reads; nothing where the corpus is not prepared."""
-    folder = Path(config.data.prepared_dir)
-    if not (folder / FILE_NAME).is_file():
+    corpus = _prepared(config, verify=False)  # `check_plan` has verified it
+    if corpus is None:
         return ()
-    table = Corpus.open(folder, verify=False).split("train")  # `check_plan` has verified it
+    table = corpus.split("train")
     return tuple(report(table, plan.stage.mix, tokens=plan.tokens, seq_len=plan.stage.seq_len) for plan in stages)
 
 

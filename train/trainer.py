@@ -1,12 +1,13 @@
 """One optimizer step after the other: the place in the run, the stream, the counters, and what each step reports."""
 
 import time
+from typing import Any
 
 import torch
 
 from configs.mapping import to_mapping
 from configs.schema import ConfigError, Precision, RunConfig, StageConfig
-from data.loader import PADDING, Batch, build_loader, heldout_rows, require_documents
+from data.loader import Batch, OpenCorpus, build_loader, heldout_rows, require_documents
 from data.mix import MixedStream
 from data.shards import Corpus
 from model.accounting import training_flops
@@ -27,17 +28,17 @@ from train.stages import Place, place_of
 class Trainer:
     """The state that moves with each optimizer step: place in the run, stream, counters."""
 
-    def __init__(self, run: RunConfig, ranks: Ranks, corpus: Corpus, engine: Engine, state: TrainingState | None) -> None:
+    def __init__(self, run: RunConfig, ranks: Ranks, corpus: OpenCorpus, engine: Engine, state: TrainingState | None) -> None:
         self.run, self.ranks, self.corpus, self.engine = run, ranks, corpus, engine
         self.done = state.step if state else 0
         self.skipped = state.skipped if state else 0
         self.skipped_in_a_row = state.skipped_in_a_row if state else 0
-        self._stream_state = state.stream if state else None
         self._graphs = 0  # compiled so far
-        self._enter(place_of(run, max(self.done - 1, 0)).stage)  # of the last finished step: a switch is still ahead
+        # The stage of the last finished step: a switch is still ahead.
+        self._enter(place_of(run, max(self.done - 1, 0)).stage, stream=state.stream if state else None)
 
-    def _enter(self, stage: StageConfig) -> None:
-        """Sets model and stream to a stage; weights, optimizer and the place in the corpus stay."""
+    def _enter(self, stage: StageConfig, stream: dict[str, Any] | None) -> None:
+        """Sets model and stream to a stage; weights, optimizer and the place in the corpus, which `stream` says, stay."""
         enter_stage(self.engine.module, self.run, stage)
         self.stage = stage
         # Ranks that share rows are one to the data.
@@ -53,7 +54,8 @@ class Trainer:
             seed=self.run.seed,
             mix=stage.mix,
             run_mixes=[other.mix for other in self.run.stages],
-            state=self._stream_state,
+            gather=gather_objects,
+            state=stream,
         )
         self._heldout: list[Batch] = []
         if self.run.evaluation.rows:
@@ -81,7 +83,6 @@ class Trainer:
         # A loss is of a rank's own tokens; the others are of whole rows, which each of the ranks that share them has counted.
         dense, executed, *counted = (value / self.run.parallel.sequence_parallel for value in of_rows)
         self.done += 1
-        self._stream_state = self.loader.state_dict()
         self._count_skips(result.skipped, loss, batches, metrics)
         seconds = time.perf_counter() - started
         peak = peak_flops(self.ranks.device)
@@ -117,8 +118,7 @@ class Trainer:
             return
         self.skipped += 1
         self.skipped_in_a_row += 1
-        mine = sorted({origin.document for batch in batches for origin in batch.documents} - {PADDING})
-        documents = sorted({document for part in gather_objects(mine) for document in part})
+        documents = sorted({document for part in gather_objects(self.loader.labels(batches)) for document in part})
         metrics.event("skipped", self.done, loss=loss, in_a_row=self.skipped_in_a_row, documents=documents)
         if self.skipped_in_a_row >= self.run.max_skipped_in_a_row:
             raise ConfigError(
@@ -130,7 +130,7 @@ class Trainer:
         """Enters the next stage; the loss on either side of it is of the same held-out rows, those of the stage before."""
         rows = self._heldout
         before, _ = self._losses(rows) if rows else (None, None)
-        self._enter(place.stage)
+        self._enter(place.stage, self.loader.state_dict())
         after, _ = self._losses(rows) if rows else (None, None)
         metrics.event("switch", self.done, stage=place.stage.name, loss_before=before, loss_after=after)
 
@@ -173,7 +173,7 @@ def enter_stage(model: Transformer, run: RunConfig, stage: StageConfig) -> None:
     model.set_activation(stage.activation.per_layer(run.model.num_layers))
 
 
-def check_heldout(run: RunConfig, corpus: Corpus) -> None:
+def check_heldout(run: RunConfig, corpus: OpenCorpus) -> None:
     """Raises ConfigError where the held-out documents do not fill a row of some stage, before the run comes there."""
     if run.evaluation.rows:
         for seq_len in sorted({stage.seq_len for stage in run.stages}):
@@ -187,8 +187,10 @@ def check_loss(run: RunConfig, device: torch.device) -> None:
         raise ConfigError(f"parallel.loss={run.parallel.loss.value}: {refused}; auto takes what serves here")
 
 
-def check_mixes(run: RunConfig, corpus: Corpus) -> None:
-    """Raises ConfigError where the corpus does not have what the mix of some stage asks for, before the run comes there."""
+def check_mixes(run: RunConfig, corpus: OpenCorpus) -> None:
+    """Raises ConfigError where a prepared corpus does not have what the mix of some stage asks for, before the run comes there."""
+    if not isinstance(corpus, Corpus):
+        return  # of streamed sources no more is known than `configs.checks` has checked
     mixes, table = [stage.mix for stage in run.stages], corpus.split("train")
     require_documents(corpus, table)
     for index, stage in enumerate(run.stages):

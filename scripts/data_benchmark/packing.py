@@ -20,7 +20,7 @@ def packing(config: DataBenchmarkConfig, folder: Path) -> list[Measured]:
         drawn = np.random.default_rng(0).lognormal(np.log(mean) - sigma**2 / 2, sigma, SHUFFLE_TOKENS // mean)
         stream = TokenStream(np.maximum(2, drawn).astype(np.int64), seed=0)
         start = time.perf_counter()
-        rows, progress = stream.take(Progress(), 1, seq_len, Packing.BEST_FIT)
+        rows, progress = stream.take(Progress(stream.beginning), 1, seq_len, Packing.BEST_FIT)
         seconds = time.perf_counter() - start
         while progress.views:  # the rest of the group, for its padding
             more, progress = stream.take(progress, 1, seq_len, Packing.BEST_FIT)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,7 +10,7 @@ import pytest
 import zstandard
 
 from configs.schema import ConfigError, InvalidText, SourceConfig, SourceFormat
-from data.documents import LeftOut, read_documents
+from data.documents import LeftOut, Share, read_documents
 
 TEXTS = ["first\r\n\ttext\n", "second é 😀", "third"]
 
@@ -142,6 +143,28 @@ def test_a_reader_goes_on_from_any_document(tmp_path, hub, fmt, most):
         rest = read_documents(source, invalid_utf8=InvalidText.SKIP, left_out=again, place=json.loads(place))
         assert list(rest) == documents[number + 1 :]
         assert again.state() == left_out.state()
+
+
+@pytest.mark.parametrize("fmt", RESUMED)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_shares_have_every_document_between_them_and_go_on_from_any(tmp_path, hub, fmt, world_size):
+    """Parts whose number the shares divide, and others."""
+    given = {"format": SourceFormat.HUB, "path": "owner/set"} if fmt == "hub" else make_source(fmt, tmp_path / "source")
+    source = SourceConfig(name="s", depth=1, max_document_bytes=40, **given)
+
+    def read_share(share, place=None, most=0):
+        limited = replace(source, max_documents=most)
+        reader = read_documents(limited, invalid_utf8=InvalidText.SKIP, left_out=LeftOut(), place=place, share=share)
+        return [(document, json.dumps(reader.place())) for document in reader]
+
+    whole = [document for document, _ in read_share(Share())]
+    shares = [read_share(Share(rank, world_size)) for rank in range(world_size)]
+    assert all(shares) and sorted(document.text for own in shares for document, _ in own) == sorted(document.text for document in whole)
+    for rank, own in enumerate(shares):
+        for number, (_, place) in enumerate(own):
+            rest = read_share(Share(rank, world_size), json.loads(place))
+            assert [document for document, _ in rest] == [document for document, _ in own[number + 1 :]]
+    assert sum(len(read_share(Share(rank, world_size), most=5)) for rank in range(world_size)) == 5
 
 
 def test_a_repository_is_one_document_of_its_files_in_order(tmp_path):

@@ -226,7 +226,7 @@ def test_a_finished_group_is_the_beginning_of_the_next():
 
 
 def test_no_group_at_the_end_of_an_epoch_is_shorter_than_the_others():
-    stream, progress, starts = TokenStream(np.full(10, 11), seed=0), Progress(), []
+    stream, progress, starts = TokenStream(np.full(10, 11), seed=0), Progress(Position()), []
     with groups(50):
         while progress.start.epoch == 0:
             starts.append(progress.start.offset)
@@ -278,7 +278,7 @@ def reference(epoch_tokens, seed, seq_lens, group):
     seed=st.integers(0, 2**63),
 )
 def test_rows_are_those_of_the_reference(lengths, changes, group, seed):
-    stream, progress, total = TokenStream(np.array(lengths), seed=seed), Progress(), sum(lengths)
+    stream, progress, total = TokenStream(np.array(lengths), seed=seed), Progress(Position()), sum(lengths)
     seq_lens = [seq_len for seq_len, count in changes for _ in range(count)]
     with groups(group):
         expected = list(reference(total, seed, seq_lens, group))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from configs.schema import Packing
 from data.packing import _assign, cut, fill, join
-from data.stream import Progress, TokenStream
+from data.stream import Position, Progress, TokenStream
 
 QUICK = settings(max_examples=100, deadline=None)
 lengths_of = st.lists(st.integers(1, 60), min_size=1, max_size=40)
@@ -131,7 +131,7 @@ def test_any_change_of_length_and_packing_repeats_and_skips_nothing(lengths, cha
     """What is visited, and then the rest of the group, is the stream's beginning: each place once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("data.stream.SHUFFLE_TOKENS", group)
-        stream, progress, rows = TokenStream(np.array(lengths), seed=seed), Progress(), []
+        stream, progress, rows = TokenStream(np.array(lengths), seed=seed), Progress(Position()), []
         for seq_len, packing, count in changes:
             taken, progress = stream.take(progress, count, seq_len, packing)
             assert all(sum(n for _, n in row) <= seq_len for row in taken)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from configs.registry import REPOSITORY
-from configs.schema import SourceConfig, SourceFormat
+from configs.schema import MixConfig, MixSourceConfig, Packing, SourceConfig, SourceFormat
+from data.mix import report
 from data.prepare import prepare
 from data.shards import Corpus
 from scripts import inspect_data as door
@@ -79,6 +80,20 @@ def test_shares_of_long_documents(ask, monkeypatch, folder):
         lengths = Corpus.open(folder).split(split).lengths
         for name, least in (("512", 512), ("1K", 1024)):
             assert re.search(rf"{name}: .*{lengths[lengths >= least].sum() / lengths.sum():.1%} {split}", said)
+
+
+def test_it_says_what_a_mix_trains_on(ask, folder):
+    sources = "mix.sources=[{name: few, weight: 0.75}, {name: many, weight: 0.25}]"
+    status, said, _ = ask(sources, "mix.packing=separate", "seq_len=64", "training_tokens=100000")
+    table = Corpus.open(folder).split("train")
+    mix = MixConfig(sources=(MixSourceConfig(name="few", weight=0.75), MixSourceConfig(name="many", weight=0.25)), packing=Packing.SEPARATE)
+    found = report(table, mix, tokens=100_000, seq_len=64)
+    assert status == 0 and f"100,000 training tokens under this mix, in rows of 64 (separate, {found.padding:.1%} padding)" in said
+    for pool in found.pools:
+        assert re.search(rf"^  {pool.name} .* {pool.share:.1%} of training, {pool.epochs:.3g} epochs$", said, re.M)
+    assert "  from documents of at least 8K: 0.0%, 32K: 0.0%, 128K: 0.0%" in said
+    status, said, errors = ask("mix.min_document_tokens=99999")
+    assert (status, said) == (2, "") and errors.startswith("error: mix.min_document_tokens=99999: no document is left")
 
 
 def test_it_shows_documents_and_ranges_of_tokens(ask, folder):

@@ -1,8 +1,8 @@
 """Several trainings in one launch, because importing torch and deepspeed costs more than a tiny run: driver JOBS.json.
 
-A job is {"overrides": [...]}, and may be killed, which ends every rank's process by SIGKILL on rank 0: with "kill_in_step": n after the
-backward pass of that step and before its optimizer step; with "kill_in_writing": n when the files of the checkpoint of step n are
-written, and it is not yet whole.
+A job is {"overrides": [...]}; for streamed sources perhaps "group": tokens of a group. It may be killed, which ends every rank's process
+by SIGKILL on rank 0: with "kill_in_step": n after the backward pass of that step and before its optimizer step; with "kill_in_writing": n
+when the files of the checkpoint of step n are written, and it is not yet whole.
 """
 
 import json
@@ -12,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
+import data.streaming
 from configs.checks import check_run
 from configs.registry import compose
 from configs.schema import Device, RunConfig
@@ -55,6 +56,7 @@ def main() -> None:
                 _kill_in_step(job["kill_in_step"], ranks.is_main)
             if job.get("kill_in_writing"):
                 _kill_in_writing(job["kill_in_writing"])
+            data.streaming.SHUFFLE_TOKENS = job.get("group", data.streaming.SHUFFLE_TOKENS)
             run = compose(RunConfig, config_name="train", overrides=job["overrides"])
             check_run(run, world_size=ranks.world_size)
             train(run, ranks)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from configs.registry import REPOSITORY, compose
 from configs.schema import DataConfig, RunConfig, SourceConfig, SourceFormat, TokenizerConfig
+from data.shards import Corpus
 from train.checkpoint import ENGINE
 from train.fragments import FragmentFolder
 
@@ -57,6 +58,23 @@ def overrides(corpus: Path, run_dir: Path, *more: str) -> list[str]:
         "logging.progress=false",
         *more,
     ]
+
+
+def streamed_overrides(corpus: Path, folder: Path) -> list[str]:
+    """Streams the texts of `corpus`, put into `folder` as JSON lines, a file for each source, under its tokenizer and by weights."""
+    opened = Corpus.open(corpus)
+    found: dict[str, list[str]] = {}
+    for split in ("train", "heldout"):
+        table = opened.split(split)
+        for number in range(table.num_documents):
+            found.setdefault(table.source(number), []).append(json.dumps({"text": opened.tokenizer.decode(table.tokens(number))}))
+    for name, records in sorted(found.items()):
+        (folder / f"{name}.jsonl").write_text("\n".join(records))
+    sources = ", ".join(f"{{name: {name}, format: jsonl, path: {folder}/{name}.jsonl}}" for name in sorted(found))
+    tokenizer = f"{{kind: sentencepiece, path: {corpus}/tokenizer.model}}"
+    mix = "[{name: python, weight: 0.25}, {name: sotu, weight: 0.75}]"
+    settings = {"streaming": "true", "sources": f"[{sources}]", "tokenizer": tokenizer, "heldout_fraction": "0.1", "num_workers": "1"}
+    return [f"mix.sources={mix}", *(f"data.{key}={value}" for key, value in settings.items())]
 
 
 def make_run(corpus: Path, run_dir: Path, *more: str) -> RunConfig:

@@ -14,7 +14,19 @@ from configs.schema import ConfigError, RunConfig
 from data.loader import heldout_rows
 from data.shards import Corpus
 from model.transformer import Transformer
-from tests.train.helpers import KILLED_IN, STEPS, events, launch, lines, load_weights, make_run, overrides, start_ranks, steps
+from tests.train.helpers import (
+    KILLED_IN,
+    STEPS,
+    events,
+    launch,
+    lines,
+    load_weights,
+    make_run,
+    overrides,
+    start_ranks,
+    steps,
+    streamed_overrides,
+)
 from train import saving
 from train.engine import Engine
 from train.fragments import FragmentFolder, write_fragments
@@ -38,11 +50,16 @@ def _job(corpus: Path, run_dir: Path, stage: int) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory) -> dict[int, Path]:
-    """For one rank and for two, a folder with one unbroken run for each ZeRO stage."""
+    """For one rank and for two, a folder with one unbroken run for each ZeRO stage; for two also a streamed one, and a branch off it."""
     folders = {}
     for num_ranks in (1, 2):
         folder = folders[num_ranks] = tmp_path_factory.mktemp(f"whole_{num_ranks}")
         jobs = [_job(corpus, folder / f"zero{stage}", stage) for stage in STAGES]
+        if num_ranks == 2:
+            more = ["parallel=zero1", *streamed_overrides(corpus, folder)]
+            resume = f"resume={folder}/streamed/checkpoints/step_00000004"
+            for name, where in (("streamed", ()), ("streamed_branch", (resume,))):
+                jobs.append({"overrides": overrides(corpus, folder / name, *more, *where), "group": 3000})
         done = _drive(jobs, folder, num_ranks, launch if num_ranks > 1 else start_ranks)
         assert done.returncode == 0, done.stderr
     return folders
@@ -176,6 +193,24 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written(corpus, ranks, tmp_path,
 
 def _state(run_dir: Path) -> dict:
     return json.loads((run_dir / "checkpoints" / f"step_{STEPS:08d}" / "state.json").read_text())
+
+
+def test_a_streamed_run_on_two_ranks_goes_on_to_the_bit(whole):
+    run, branch = whole[2] / "streamed", whole[2] / "streamed_branch"
+    assert len(steps(run)) == STEPS and steps(branch) == steps(run)[4:]
+    assert events(branch, "evaluation")[-1] == events(run, "evaluation")[-1]
+    assert len(_state(run)["stream"]["ranks"]) == 2 and _state(branch)["stream"] == _state(run)["stream"]
+    assert all(sum(line["tokens_by"].values()) == 2 * 512 for line in lines(run) if "event" not in line)  # by source, and by length
+
+
+def test_a_streamed_run_at_another_number_of_ranks_is_refused(whole, corpus, ranks, tmp_path):
+    settings = json.loads((whole[2] / "jobs.json").read_text())[-1]["overrides"]
+    run = compose(RunConfig, config_name="train", overrides=[*settings, f"run_dir={tmp_path / 'run'}"])
+    with pytest.raises(
+        ConfigError, match=r"^resume: the saved stream was read by 2 data-parallel ranks, this run has 1; a streamed corpus"
+    ):
+        train(run, ranks)
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_every_layout_trains_alike(whole):
