@@ -1,5 +1,7 @@
 """Grouped-query attention of one layer: projections, key convolution, RoPE, then attention as the layer's setting says."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,9 @@ from model.layers import KeyConvolution, RMSNorm
 from model.ops import full, moba, sliding
 from model.rope import rotate
 
+Observer = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""Called with q `[N, Hq, D]`, k and v `[N, Hkv, D]` as a layer attends with them, and cu_seqlens int32 `[n+1]`."""
+
 BACKENDS = tuple(dict.fromkeys(full.BACKENDS + moba.BACKENDS + sliding.BACKENDS))
 
 
@@ -19,6 +24,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.observer: Observer | None = None
+        """Sees what each forward pass attends with; see `Transformer.observed`."""
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
@@ -43,15 +50,17 @@ class Attention(nn.Module):
         `table` is `rotary_table` of the tokens' positions, None in a layer without positions; `workspace` counts bytes, as in
         `moba_attention`. With a `cache` x is one document's: all of its prompt where the cache is empty, afterwards its next token.
         """
-        q, k, v = self.project(x, table, cu_seqlens, cache)
+        q, k, v = self._project(x, table, cu_seqlens, cache)
+        if self.observer is not None:
+            self.observer(q, k, v, cu_seqlens)
         if cache is not None:
             cache.append(k, v)
         if cache is None or cache.length == len(k):
             return self.o_proj(_attend(q, k, v, cu_seqlens, attention, backend, workspace).flatten(1))
         return self.o_proj(_attend_cached(q.squeeze(0), cache).flatten()[None])
 
-    def project(
-        self, x: Tensor, table: tuple[Tensor, Tensor] | None, cu_seqlens: Tensor, cache: LayerCache | None = None
+    def _project(
+        self, x: Tensor, table: tuple[Tensor, Tensor] | None, cu_seqlens: Tensor, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What `forward` attends with: q `[N, Hq, D]`, k and v `[N, Hkv, D]` of x `[N, hidden]`; arguments as there."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
