@@ -621,9 +621,16 @@ class EvaluationConfig:
     """Steps between evaluations; 0 evaluates at the end only."""
     rows: int = 8
     """Held-out rows scored each time, always the same ones; 0 switches evaluation off."""
+    gate_every_steps: int = 0
+    """Steps between statistics of MoBA's gate on these rows; 0 takes none."""
+    gate_queries: int = 64
+    """Queries of each row whose attention is computed in full for them."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "every_steps", "rows")
+        _at_least(self, 0, "every_steps", "rows", "gate_every_steps")
+        _at_least(self, 1, "gate_queries")
+        has_rows = self.rows > 0 or not self.gate_every_steps
+        _require(has_rows, "gate_every_steps", self.gate_every_steps, "needs held-out rows; set rows above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

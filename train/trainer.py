@@ -15,6 +15,7 @@ from train.checkpoint import TrainingState
 from train.distributed import Ranks, gather_objects, sum_over_ranks
 from train.engine import Engine
 from train.evaluate import heldout_loss
+from train.gates import by_layer, heldout_gates
 from train.gpus import peak_flops
 from train.metrics import Metrics, memory_gib
 from train.optim import learning_rate
@@ -135,6 +136,13 @@ class Trainer:
         loss = heldout_loss(self.engine, self._heldout, self.ranks)
         metrics.event("evaluation", self.done, heldout_loss=loss, context=self.stage.seq_len)
         return loss
+
+    def measure_gates(self, metrics: Metrics) -> None:
+        """Statistics of MoBA's gate on the held-out rows, written as a `gate` event where there is a choice: curves by layer, and
+        each head's figures."""
+        figures = heldout_gates(self.engine, self._heldout, self.ranks, self.run.evaluation.gate_queries)
+        if figures:
+            metrics.event("gate", self.done, context=self.stage.seq_len, **by_layer(figures), heads=figures)
 
     def state(self) -> TrainingState:
         """What a checkpoint after the last step keeps besides tensors."""
