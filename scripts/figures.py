@@ -146,37 +146,44 @@ def plot_gates(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 # Shares of a heat map's figure are coloured from 0 to 1, what may be beyond by its own range.
 _BEYOND_ONE = {"margin", "snr"}
 _MOST_WRITTEN = 120  # cells of a heat map that have their value written in them
+_ABREAST = 4  # heat maps in a line of a figure
 
 
 def _plot_heat_maps(
     path: Path, maps: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], *, x: tuple[str, list[str]], y: tuple[str, list[str]]
 ) -> None:
-    """`maps`: for each line, and each column in it, values [y][x]; `x` and `y` are names of the axes and of their ticks."""
-    columns = max(map(len, maps.values()))
+    """`maps`: for each name, and each title under it, values [y][x]; `x` and `y` are names of the axes and of their ticks."""
+    columns = min(_ABREAST, max(map(len, maps.values())))
+    lines = [
+        (name, list(panels.items())[first : first + columns]) for name, panels in maps.items() for first in range(0, len(panels), columns)
+    ]
     width, height = 1.0 + max(2.2, 0.42 * len(x[1])), 1.0 + max(1.3, 0.3 * len(y[1]))
-    figure = Figure(figsize=(columns * width, len(maps) * height), dpi=120, layout="constrained")
-    for line, (name, panels) in zip(figure.subplots(len(maps), columns, squeeze=False), maps.items()):
-        for number, (axes, (title, values)) in enumerate(zip(line, panels.items())):
-            limits = {} if title in _BEYOND_ONE else {"vmin": 0.0, "vmax": 1.0}
-            image = axes.imshow(values, aspect="auto", cmap="cividis", **limits)
-            if len(values) * len(values[0]) <= _MOST_WRITTEN:
-                middle = sum(image.get_clim()) / 2
-                for (row, column), value in (
-                    (place, values[place[0]][place[1]]) for place in itertools.product(*map(range, (len(y[1]), len(x[1]))))
-                ):
-                    if not math.isnan(value):
-                        axes.text(
-                            column, row, f"{value:.2g}", ha="center", va="center", fontsize=6, color="black" if value > middle else "white"
-                        )
-            for axis, (label, ticks) in ((axes.xaxis, x), (axes.yaxis, y)):
-                every = max(1, len(ticks) // 16)
-                axis.set_major_locator(FixedLocator(list(range(0, len(ticks), every))))
-                axis.set_major_formatter(FixedFormatter(ticks[::every]))
-                axis.set_label_text(label, fontsize=8)
-            axes.tick_params(labelsize=7)
-            axes.set_title(f"{name}\n{title}" if number == 0 else f"\n{title}", fontsize=8, loc="left")
-            figure.colorbar(image, ax=axes, shrink=0.9).ax.tick_params(labelsize=6)
+    figure = Figure(figsize=(columns * width, len(lines) * height), dpi=120, layout="constrained")
+    for row, (name, panels) in zip(figure.subplots(len(lines), columns, squeeze=False), lines):
+        for axes, (title, values) in zip(row, panels):
+            _plot_heat_map(axes, values, x, y, {} if title in _BEYOND_ONE else {"vmin": 0.0, "vmax": 1.0})
+            axes.set_title(f"{name}\n{title}", fontsize=8, loc="left")
+        for axes in row[len(panels) :]:
+            axes.remove()
     _save(figure, path)
+
+
+def _plot_heat_map(
+    axes: Axes, values: Sequence[Sequence[float]], x: tuple[str, list[str]], y: tuple[str, list[str]], limits: dict[str, float]
+) -> None:
+    image = axes.imshow(values, aspect="auto", cmap="cividis", **limits)
+    middle = sum(image.get_clim()) / 2
+    for (row, line), column in itertools.product(enumerate(values), range(len(x[1]))):
+        if len(x[1]) * len(y[1]) <= _MOST_WRITTEN and not math.isnan(line[column]):
+            colour = "black" if line[column] > middle else "white"
+            axes.text(column, row, f"{line[column]:.2g}", ha="center", va="center", fontsize=6, color=colour)
+    for axis, (label, ticks) in ((axes.xaxis, x), (axes.yaxis, y)):
+        every = math.ceil(len(ticks) / 16)
+        axis.set_major_locator(FixedLocator(list(range(0, len(ticks), every))))
+        axis.set_major_formatter(FixedFormatter(ticks[::every]))
+        axis.set_label_text(label, fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.figure.colorbar(image, ax=axes, shrink=0.9).ax.tick_params(labelsize=6)
 
 
 def short_count(value: int) -> str:
