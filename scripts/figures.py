@@ -161,7 +161,7 @@ def _plot_heat_maps(
     figure = Figure(figsize=(columns * width, len(lines) * height), dpi=120, layout="constrained")
     for row, (name, panels) in zip(figure.subplots(len(lines), columns, squeeze=False), lines):
         for axes, (title, values) in zip(row, panels):
-            _plot_heat_map(axes, values, x, y, {} if title in _BEYOND_ONE else {"vmin": 0.0, "vmax": 1.0})
+            _plot_heat_map(axes, values, x, y, top=None if title in _BEYOND_ONE else 1.0)
             axes.set_title(f"{name}\n{title}", fontsize=8, loc="left")
         for axes in row[len(panels) :]:
             axes.remove()
@@ -169,9 +169,10 @@ def _plot_heat_maps(
 
 
 def _plot_heat_map(
-    axes: Axes, values: Sequence[Sequence[float]], x: tuple[str, list[str]], y: tuple[str, list[str]], limits: dict[str, float]
+    axes: Axes, values: Sequence[Sequence[float]], x: tuple[str, list[str]], y: tuple[str, list[str]], *, top: float | None
 ) -> None:
-    image = axes.imshow(values, aspect="auto", cmap="cividis", **limits)
+    """Coloured from 0 to `top`; None takes the values' own range."""
+    image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=None if top is None else 0.0, vmax=top)
     middle = sum(image.get_clim()) / 2
     for (row, line), column in itertools.product(enumerate(values), range(len(x[1]))):
         if len(x[1]) * len(y[1]) <= _MOST_WRITTEN and not math.isnan(line[column]):
