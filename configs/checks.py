@@ -6,7 +6,12 @@ from configs.schema import ConfigError, RunConfig, StageConfig
 
 
 def check_run(run: RunConfig, *, world_size: int) -> None:
-    """Raises ConfigError where stages do not fit the model, the micro-batch or the number of ranks, or the schedule not the stages."""
+    """Raises ConfigError where stages do not fit the model, the micro-batch or the number of ranks, or schedule, profile or tile not the
+    stages."""
+    degree, num_heads = run.parallel.sequence_parallel, run.model.num_heads
+    for number, what in ((world_size, f"the {world_size} ranks"), (num_heads, f"the {num_heads} query heads of model.num_heads")):
+        if number % degree:
+            raise ConfigError(f"parallel.sequence_parallel={degree}: does not divide {what}; accepted: {divisors(number)}")
     total, warmup, decay = run.total_tokens, run.optim.warmup(run.total_tokens), run.optim.decay(run.total_tokens)
     if warmup + decay > total:
         key, given = ("decay_tokens", run.optim.decay_tokens) if run.optim.decay_tokens else ("warmup_tokens", run.optim.warmup_tokens)
@@ -14,8 +19,18 @@ def check_run(run: RunConfig, *, world_size: int) -> None:
             f"optim.{key}={given}: warm-up of {warmup:.0f} and decay of {decay:.0f} tokens are more than the {total} of all stages; "
             f"set {key} to at most {max(0, int(total - (warmup if key == 'decay_tokens' else decay)))}, or lengthen a stage"
         )
+    if run.profile.steps and run.profile.window[-1] > run.total_steps:
+        raise ConfigError(f"profile.steps={run.profile.steps}: the run has {run.total_steps} steps")
     for index, stage in enumerate(run.stages):
         check_stage(run, stage, index, world_size)
+    rows, seq_len = max(((run.micro_batch_rows(stage, world_size), stage.seq_len) for stage in run.stages), key=math.prod)
+    tokens = rows * seq_len // degree
+    if run.parallel.ffn_tile > tokens:
+        shared = f" / sequence_parallel={degree}" if degree > 1 else ""
+        raise ConfigError(
+            f"parallel.ffn_tile={run.parallel.ffn_tile}: is larger than the {tokens} tokens of the largest micro-batch "
+            f"({rows} × seq_len={seq_len}{shared}), so nothing would be tiled; a smaller tile, or 0 for none"
+        )
 
 
 def check_stage(run: RunConfig, stage: StageConfig, index: int, world_size: int) -> None:
@@ -25,6 +40,10 @@ def check_stage(run: RunConfig, stage: StageConfig, index: int, world_size: int)
         attention = stage.attention.per_layer(run.model.num_layers)
     except ConfigError as error:
         raise ConfigError(f"{key}.attention.{error}") from None
+    try:
+        stage.activation.per_layer(run.model.num_layers)
+    except ConfigError as error:
+        raise ConfigError(f"{key}.activation.{error}") from None
     max_seq_len = run.model.max_seq_len
     try:
         longest = stage.rope.max_context(max_seq_len, attention)
@@ -37,14 +56,27 @@ def check_stage(run: RunConfig, stage: StageConfig, index: int, world_size: int)
             f"{key}.seq_len={stage.seq_len}: is beyond the positions RoPE is set up for, model.max_seq_len={max_seq_len}{scaled}; "
             f"shorten the rows, set {key}.rope.scaling and a factor of {factor}, or raise max_seq_len"
         )
-    micro_batch_rows = run.micro_batch_rows(stage, world_size)
-    together = world_size * micro_batch_rows
+    degree = run.parallel.sequence_parallel
+    if stage.seq_len % degree:
+        near = max(1, round(stage.seq_len / degree)) * degree
+        raise ConfigError(
+            f"{key}.seq_len={stage.seq_len}: is not a multiple of parallel.sequence_parallel={degree}, the ranks that share a row; "
+            f"{near} is the nearest"
+        )
+    groups, micro_batch_rows = run.parallel.data_parallel(world_size), run.micro_batch_rows(stage, world_size)
+    together = groups * micro_batch_rows
     if stage.rows % together != 0:
         near = max(1, round(stage.rows / together)) * together * stage.seq_len
+        sharing = f"{groups} groups of {degree} ranks" if degree > 1 else f"{world_size} ranks"
         raise ConfigError(
-            f"{key}.batch_tokens={stage.batch_tokens}: is {stage.rows} rows of {stage.seq_len}, which {world_size} ranks × "
+            f"{key}.batch_tokens={stage.batch_tokens}: is {stage.rows} rows of {stage.seq_len}, which {sharing} × "
             f"parallel.micro_batch_rows={micro_batch_rows} = {together} does not divide; {near} is the nearest that it does"
         )
+
+
+def divisors(number: int) -> str:
+    """All divisors of a number, as a message lists what is accepted."""
+    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
 
 
 def check_vocabulary(run: RunConfig, *, corpus: str, vocab_size: int) -> None:

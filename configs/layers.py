@@ -1,17 +1,22 @@
-"""The rule that gives each layer its attention: `last 3 full, rest moba(512, 3)`; and lists of layers: `last 3, layers 0 5`.
+"""Rules that give each layer its attention, `last 3 full, rest moba(512, 3)`, and what it keeps for the backward pass, `last 4 full,
+rest offload`; and lists of layers: `last 3, layers 0 5`.
 
 Grammar: clauses separated by commas, each `SELECTOR KIND`, the first clause that matches a layer decides.
 Selectors: `all`, `rest`, `first N`, `last N`, `every N` (layers N-1, 2N-1, ...), `layers I J ...` (counted from 0);
-a bare kind means `all`. Kinds: `full`, `moba` (block size and top-k from the config), `moba(B, K)` and `sliding(W)`.
-A list of layers has selectors alone.
+a bare kind means `all`. Kinds of attention: `full`, `moba` (block size and top-k from the config), `moba(B, K)` and `sliding(W)`;
+of what is kept: `none`, `selective`, `full` and `offload`. A list of layers has selectors alone.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+T = TypeVar("T")
 _NUMBERS: dict[str, tuple[str, ...]] = {"full": (), "moba": ("block_size", "topk"), "sliding": ("window",)}
 KINDS = tuple(_NUMBERS)
+ACTIVATIONS = ("none", "selective", "full", "offload")
+"""What a layer keeps for the backward pass, from most to least; the words say what is computed again (`model.activations`)."""
 _SELECTORS = "all, rest, first N, last N, every N, layers I J ..."
 _SHAPES = "full, moba, moba(BLOCK_SIZE, TOPK), sliding(WINDOW)"
 
@@ -37,14 +42,24 @@ def parse_rule(rule: str, *, num_layers: int | None, block_size: int, topk: int)
     Raises ValueError for a clause that cannot be read or names no layer, and for a layer that no clause names.
     """
     clauses = [_parse_clause(text.strip(), block_size, topk) for text in re.split(r",(?![^(]*\))", rule)]
+    return _assign(clauses, num_layers, "'rest full' or 'rest moba'")
+
+
+def parse_activation(rule: str, *, num_layers: int | None) -> tuple[str, ...]:
+    """What each layer keeps, one of `ACTIVATIONS`; errors and `num_layers=None` as in `parse_rule`."""
+    return _assign([_parse_kept(text.strip()) for text in rule.split(",")], num_layers, "'rest none' or 'rest full'")
+
+
+def _assign(clauses: Sequence[tuple[list[str], T]], num_layers: int | None, remedy: str) -> tuple[T, ...]:
+    """What the first clause that names a layer gives to it; `remedy` are clauses for layers that none names."""
     if num_layers is None:
         return ()
-    chosen: dict[int, LayerAttention] = {}
-    for words, attention in clauses:
-        chosen.update(dict.fromkeys(_free(words, num_layers, chosen, f"{' '.join(words)} {attention}"), attention))
+    chosen: dict[int, T] = {}
+    for words, given in clauses:
+        chosen.update(dict.fromkeys(_free(words, num_layers, chosen, f"{' '.join(words)} {given}"), given))
     missing = [layer for layer in range(num_layers) if layer not in chosen]
     if missing:
-        raise ValueError(f"layers {missing} of {num_layers} are named by no clause; add 'rest full' or 'rest moba'")
+        raise ValueError(f"layers {missing} of {num_layers} are named by no clause; add {remedy}")
     return tuple(chosen[layer] for layer in range(num_layers))
 
 
@@ -90,6 +105,13 @@ def _parse_clause(text: str, block_size: int, topk: int) -> tuple[list[str], Lay
     if 0 in numbers:
         raise ValueError(f"'{text}': {' and '.join(names)} must be at least 1")
     return words, LayerAttention(kind=kind, **dict(zip(names, numbers)))
+
+
+def _parse_kept(text: str) -> tuple[list[str], str]:
+    *words, kind = text.lower().split() or [""]
+    if kind not in ACTIVATIONS:
+        raise ValueError(f"'{text}' does not end in what a layer keeps; accepted: {', '.join(ACTIVATIONS)}")
+    return _parse_selector(" ".join(words) or "all"), kind
 
 
 def _parse_selector(text: str) -> list[str]:

@@ -27,7 +27,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configs.mapping import from_mapping, nearest, to_mapping
 from configs.model_file import check_kept, initial, lay_over
-from configs.schema import AttentionConfig, ConfigError, MixConfig, PlanConfig, RopeConfig, RunConfig
+from configs.schema import (
+    ActivationConfig,
+    AttentionConfig,
+    ConfigError,
+    MixConfig,
+    PlanConfig,
+    RopeConfig,
+    RunConfig,
+    TrainBenchmarkConfig,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -37,7 +46,8 @@ CONFIG_DIR = Path(__file__).parent
 REPOSITORY = CONFIG_DIR.parent
 # Keys of the composed mapping that hold for every stage, which may change parts of them; they are not fields of the run itself.
 _SHARED: dict[type, dict[str, type]] = {
-    run: {"attention": AttentionConfig, "rope": RopeConfig, "mix": MixConfig} for run in (RunConfig, PlanConfig)
+    run: {"attention": AttentionConfig, "rope": RopeConfig, "activation": ActivationConfig, "mix": MixConfig}
+    for run in (RunConfig, PlanConfig, TrainBenchmarkConfig)
 }
 
 
@@ -203,6 +213,17 @@ def _begin_from(schema: type, values: dict[str, Any], config_name: str, keys: Se
 def compose(schema: type[T], *, config_name: str, overrides: Sequence[str] = ()) -> T:
     """The config of a command line: `configs/CONFIG_NAME.yaml` under `key=value` overrides. Raises ConfigError."""
     return from_mapping(schema, _compose(schema, config_name, overrides))
+
+
+def override(config: T, settings: Sequence[str]) -> T:
+    """The config under further `key=value` settings; what holds for every stage is set in each. Raises ConfigError."""
+    schema = type(config)
+    values, accepted = OmegaConf.create(to_mapping(config)), _keys(schema)
+    for key, value in map(_read, settings):
+        shared = key.partition(".")[0] in _SHARED.get(schema, {})
+        for place in [f"stages.{index}.{key}" for index in range(len(values.stages))] if shared else [key]:
+            _set(values, place, value, accepted)
+    return from_mapping(schema, typing.cast(dict[str, Any], OmegaConf.to_container(values)))
 
 
 def command(schema: type[T], *, config_name: str) -> Callable[[Callable[[T], None]], Callable[[], None]]:

@@ -4,11 +4,12 @@ Standard library only. Each class checks itself in `__post_init__` and raises `C
 the value given and what is accepted; checks that need two objects live in `configs.checks`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from configs.layers import LayerAttention, parse_layers, parse_rule
+from configs.layers import LayerAttention, parse_activation, parse_layers, parse_rule
 
 
 class ConfigError(ValueError):
@@ -30,6 +31,14 @@ class Device(Enum):
     CUDA = "cuda"
 
 
+class CompileMode(Enum):
+    """Where `torch.compile` makes kernels of what surrounds attention in a layer: `auto` on CUDA devices, where it pays."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
 class AttentionBackend(Enum):
     """Implementation of MoBA: `auto` chooses by device, `reference` is the O(T²) specification; full and sliding layers use theirs of
     that name, or what `auto` takes."""
@@ -38,6 +47,17 @@ class AttentionBackend(Enum):
     REFERENCE = "reference"
     TORCH = "torch"
     TRITON = "triton"
+
+
+class LossBackend(Enum):
+    """Implementation of the head's cross-entropy: `auto` chooses by device, `reference` has all logits at once, the others tiles of them;
+    `liger` is the package's."""
+
+    AUTO = "auto"
+    REFERENCE = "reference"
+    TORCH = "torch"
+    TRITON = "triton"
+    LIGER = "liger"
 
 
 class RopeScaling(Enum):
@@ -128,6 +148,16 @@ class Packing(Enum):
     SEPARATE = "separate"
 
 
+class LayerPart(Enum):
+    """Rows of the layer benchmark: RMSNorm, RoPE on q and k, the pointwise half of SwiGLU, the whole feed-forward, and the loss."""
+
+    NORM = "norm"
+    ROPE = "rope"
+    SWIGLU = "swiglu"
+    FFN = "ffn"
+    LOSS = "loss"
+
+
 class DataRow(Enum):
     """Rows of the data benchmark: `preparing` beside the tokenizer library alone, `opening` a corpus of many documents, `packing` them
     into rows, and `loading` an epoch of rows beside `datasets`."""
@@ -161,6 +191,13 @@ class RetrievalTask(Enum):
     FREQUENT_WORDS = "frequent_words"
 
 
+class TrainingRow(Enum):
+    """Rows of the training benchmark: `framework` is this program, `transformers` Hugging Face's class of the same sizes, on one GPU."""
+
+    FRAMEWORK = "framework"
+    TRANSFORMERS = "transformers"
+
+
 class InvalidText(Enum):
     """What preparation does with bytes that are not UTF-8."""
 
@@ -183,6 +220,12 @@ def _fraction(owner: object, *keys: str) -> None:
     for key in keys:
         value = getattr(owner, key)
         _require(0 <= value <= 1, key, value, "must lie between 0 and 1")
+
+
+def parse_bounds(text: str) -> tuple[int, int] | None:
+    """The numbers of `10..12`; None where it is something else."""
+    first, _, last = text.partition("..")
+    return (int(first), int(last)) if first.isdecimal() and last.isdecimal() else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +269,13 @@ class ModelConfig:
         _require(self.key_conv in (0, 3, 5), "key_conv", self.key_conv, "accepted: 0, 3, 5")
         _require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
         _require(self.init_std > 0, "init_std", self.init_std, "must be positive")
+
+    def kv_copies(self, degree: int) -> int:
+        """How often each KV head is there among `degree` ranks that share rows, so that each has as many and needs no other's.
+
+        Copied so often, KV heads are a multiple of `degree` that divides num_heads, as both num_kv_heads and `degree` divide it.
+        """
+        return degree // math.gcd(self.num_kv_heads, degree)
 
 
 # Fields of RopeConfig that a form of scaling reads, besides theta.
@@ -345,6 +395,26 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ActivationConfig:
+    """What each layer keeps of its forward pass for the backward pass; the rest is computed again."""
+
+    rule: str = "none"
+    """Layers to what is computed again, with the selectors of attention.rule, first match wins: `none`; `selective`, all but attention;
+    `full`, all, from the layer's input alone; `offload`, the same with the input in pinned host memory. `every 2 full, rest none`,
+    `last 4 full, rest offload`."""
+
+    def __post_init__(self) -> None:
+        self.per_layer(None)
+
+    def per_layer(self, num_layers: int | None) -> tuple[str, ...]:
+        """One of `configs.layers.ACTIVATIONS` for layers 0..num_layers-1; None checks the grammar alone. Raises ConfigError."""
+        try:
+            return parse_activation(self.rule, num_layers=num_layers)
+        except ValueError as error:
+            raise ConfigError(f"rule={self.rule!r}: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
 class MixSourceConfig:
     """A source of the corpus in a mix. All sources of a mix have a weight, or all have epochs, or none has either."""
 
@@ -421,7 +491,7 @@ class MixConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """A stretch of the run in which context length, batch, attention, RoPE and mix stay the same (DESIGN: stages)."""
+    """A stretch of the run in which context length, batch, attention, RoPE, activations and mix stay the same (DESIGN: stages)."""
 
     name: str = "main"
     """Shown in logs."""
@@ -435,6 +505,8 @@ class StageConfig:
     """Attention of each layer."""
     rope: RopeConfig = field(default_factory=RopeConfig)
     """Positions."""
+    activation: ActivationConfig = field(default_factory=ActivationConfig)
+    """What layers keep for the backward pass."""
     mix: MixConfig = field(default_factory=MixConfig)
     """Documents."""
     lr_scale: float = 1.0
@@ -602,22 +674,35 @@ class ParallelConfig:
 
     zero_stage: int = 1
     """DeepSpeed ZeRO stage: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters sharded."""
+    sequence_parallel: int = 1
+    """Ranks that share rows, each with a stretch of their tokens (Ulysses); divides the ranks, the query heads and every row length."""
     micro_batch_rows: int = 1
-    """Rows in one forward pass on one rank, unless micro_batch_tokens is given."""
+    """Rows in one forward pass on one rank, or on the ranks that share them, unless micro_batch_tokens is given."""
     micro_batch_tokens: int = 0
-    """Tokens in one forward pass on one rank, at most, but a row at least: each stage takes as many of its rows as fit and divide the
-    rank's share of a step; 0 leaves it to micro_batch_rows."""
+    """Tokens in one forward pass on one rank, at most, but a row (or the rank's stretch of it) at least: each stage takes as many of its
+    rows as fit and divide the rank's share of a step; 0 leaves it to micro_batch_rows."""
     precision: Precision = Precision.FP32
     """fp32 or bf16."""
+    loss: LossBackend = LossBackend.AUTO
+    """auto, reference, torch, triton or liger."""
+    ffn_tile: int = 0
+    """Tokens that a feed-forward takes at once, whose intermediates are then never whole, for 11 matrix products instead of 9; 0 takes
+    all of a micro-batch."""
+    compile: CompileMode = CompileMode.AUTO
+    """Kernels of torch.compile for what surrounds attention in each layer: auto (on CUDA), always or never."""
 
     def __post_init__(self) -> None:
         _require(self.zero_stage in (0, 1, 2, 3), "zero_stage", self.zero_stage, "accepted: 0, 1, 2, 3")
-        _at_least(self, 1, "micro_batch_rows")
-        _at_least(self, 0, "micro_batch_tokens")
+        _at_least(self, 1, "sequence_parallel", "micro_batch_rows")
+        _at_least(self, 0, "micro_batch_tokens", "ffn_tile")
         one_of = self.micro_batch_rows == 1 or not self.micro_batch_tokens
         _require(one_of, "micro_batch_tokens", self.micro_batch_tokens, f"leave it out, or micro_batch_rows={self.micro_batch_rows}")
         # DeepSpeed 0.19's bf16 path without ZeRO starts Adam's step counter one too high: first updates about 0.73 of what they should be.
         _require(not (self.zero_stage == 0 and self.precision is Precision.BF16), "zero_stage", 0, "bf16 needs ZeRO 1, 2 or 3")
+
+    def data_parallel(self, world_size: int) -> int:
+        """Groups of ranks that read rows of their own: consecutive ranks are a group."""
+        return world_size // self.sequence_parallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -630,6 +715,8 @@ class CheckpointConfig:
     """Newest checkpoints kept."""
     keep_every: int = 0
     """Checkpoints at multiples of this step are kept for good; 0 keeps none for good."""
+    background: bool = True
+    """Write from a copy in host memory (12 bytes a parameter over all ranks) while training goes on; false holds the run meanwhile."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "every_steps", "keep_every")
@@ -644,6 +731,8 @@ class EvaluationConfig:
     """Steps between evaluations; 0 evaluates at the end only."""
     rows: int = 8
     """Held-out rows scored each time, always the same ones; 0 switches evaluation off."""
+    position_bucket: int = 2048
+    """Tokens in a bucket of positions, for the loss by position."""
     gate_every_steps: int = 0
     """Steps between statistics of MoBA's gate on these rows; 0 takes none."""
     gate_queries: int = 64
@@ -651,7 +740,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "every_steps", "rows", "gate_every_steps")
-        _at_least(self, 1, "gate_queries")
+        _at_least(self, 1, "position_bucket", "gate_queries")
         has_rows = self.rows > 0 or not self.gate_every_steps
         _require(has_rows, "gate_every_steps", self.gate_every_steps, "needs held-out rows; set rows above 0")
 
@@ -673,6 +762,24 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "every_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """A look at single steps, by torch's profiler: a trace of each rank in run_dir/profile, and on GPUs a snapshot of its memory."""
+
+    steps: str = ""
+    """FIRST..LAST, both among them and counted from 1 as in the run's figures; empty: none."""
+
+    def __post_init__(self) -> None:
+        window = self.window
+        _require(not self.steps or (len(window) > 0 and window[0] > 0), "steps", self.steps, "must be FIRST..LAST, such as 10..12")
+
+    @property
+    def window(self) -> range:
+        """The steps."""
+        first, last = parse_bounds(self.steps) or (0, -1)
+        return range(first, last + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -704,6 +811,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "name", repr(self.name), "must not be empty")
@@ -725,11 +833,11 @@ class RunConfig:
         return sum(stage.steps * stage.batch_tokens for stage in self.stages)
 
     def micro_batch_rows(self, stage: StageConfig, world_size: int) -> int:
-        """Rows in one forward pass of a rank in this stage."""
+        """Rows in one forward pass of a rank, or of the ranks that share them, in this stage."""
         if not self.parallel.micro_batch_tokens:
             return self.parallel.micro_batch_rows
-        share = max(1, stage.rows // world_size)
-        most = max(1, self.parallel.micro_batch_tokens // stage.seq_len)
+        share = max(1, stage.rows // self.parallel.data_parallel(world_size))
+        most = max(1, self.parallel.micro_batch_tokens * self.parallel.sequence_parallel // stage.seq_len)
         return max(rows for rows in range(1, min(most, share) + 1) if share % rows == 0)
 
 
@@ -741,6 +849,10 @@ class PlanConfig(RunConfig):
     """GPUs, one rank each."""
     gpu: str = "H200"
     """Kind of GPU, one of those in `train/gpus.py`."""
+    gpus_per_node: int = 8
+    """GPUs that share a node's fast links."""
+    network: float = 0.0
+    """GB/s of network of each GPU, one way; 0 takes what `train/gpus.py` has for its kind."""
     mfu: float = 0.4
     """Share of the GPUs' bf16 peak at which executed FLOPs run (`mfu_executed` in a run's figures)."""
     measure: bool = False
@@ -748,8 +860,11 @@ class PlanConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "num_gpus")
+        _at_least(self, 1, "num_gpus", "gpus_per_node")
+        _at_least(self, 0, "network")
         _require(0 < self.mfu <= 1, "mfu", self.mfu, "must lie in (0, 1]")
+        degree = self.parallel.sequence_parallel
+        _require(not self.measure or degree == 1, "measure", True, f"one device cannot share rows; parallel.sequence_parallel={degree}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -790,9 +905,8 @@ class InspectConfig:
         _require(bool(self.prepared_dir), "prepared_dir", repr(self.prepared_dir), "must be given: python -m scripts.inspect_data FOLDER")
         _require(self.split in ("train", "heldout"), "split", self.split, "accepted: train, heldout")
         _at_least(self, -1, "document")
-        first, dots, stop = self.tokens.partition("..")
-        whole = not self.tokens or (dots and first.isdecimal() and stop.isdecimal() and int(first) < int(stop))
-        _require(bool(whole), "tokens", self.tokens, "must be FIRST..STOP, such as 1000..1200")
+        first, stop = parse_bounds(self.tokens) or (0, 0)
+        _require(not self.tokens or first < stop, "tokens", self.tokens, "must be FIRST..STOP, such as 1000..1200")
         _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")
 
 
@@ -981,6 +1095,103 @@ class BenchmarkConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChangeConfig:
+    """Settings of the longer cases of a training benchmark."""
+
+    from_length: int = 1
+    """Tokens of the shortest rows that they are for."""
+    settings: tuple[str, ...] = ()
+    """Each `key=value`, of any key of the benchmark or the run."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "from_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBenchmarkConfig(RunConfig):
+    """`scripts.benchmark train`: speed and memory of training. A case is the run's first stage at another length and attention, in
+    processes of its own; it begins with random weights, and is neither evaluated nor saved. Of the stage, tokens, seq_len and batch_tokens
+    are set by the keys here."""
+
+    lengths: tuple[int, ...] = (8192, 32768, 131072)
+    """Tokens in a row."""
+    batch_tokens: int = 32768
+    """Tokens in a step over all ranks: as many rows as it holds, and at least one."""
+    attentions: tuple[str, ...] = ("full", "moba(512, 3)")
+    """Attention rules."""
+    dense_up_to: int = 131072
+    """Longest rows in tokens for full attention in all layers and for transformers, whose time grows with the square."""
+    changes: tuple[ChangeConfig, ...] = ()
+    """Settings for rows from some length on, one after the other: memory policies, fewer steps."""
+    rows: tuple[TrainingRow, ...] = tuple(TrainingRow)
+    """framework, transformers (where it is installed; with Liger's kernels where they are)."""
+    checkpointing: bool = True
+    """Gradient checkpointing of the transformers row; the framework's is under parallel."""
+    real_data: bool = False
+    """Read the corpus of data.prepared_dir. Otherwise tokens are random, and each row is one document: the most attention there can be."""
+    warmup_steps: int = 2
+    """Steps before the first that counts."""
+    steps: int = 5
+    """Steps that count."""
+    num_ranks: int = 1
+    """Ranks of the framework row, one a GPU (or gloo ranks on a CPU)."""
+    output_dir: str = "outputs/benchmark"
+    """Folder of train.md, train.csv and train.png, and of what each case left behind, in train/."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("lengths", "attentions", "rows"):
+            values = getattr(self, key)
+            shown = [value.value if isinstance(value, Enum) else value for value in values]
+            _require(len(values) > 0, key, "[]", "must hold at least one")
+            _require(len(set(values)) == len(values), key, shown, "must not hold the same twice")
+        for length in self.lengths:
+            _require(length >= 1, "lengths", length, "must be at least 1")
+        for index, rule in enumerate(self.attentions):
+            try:
+                AttentionConfig(rule=rule)
+            except ConfigError as error:
+                raise ConfigError(f"attentions.{index}: {error}") from None
+        _at_least(self, 1, "batch_tokens", "steps", "num_ranks")
+        _at_least(self, 0, "dense_up_to", "warmup_steps")
+        _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerBenchmarkConfig:
+    """`scripts.benchmark layers`: the parts of a layer beside attention, and the loss, in all ways that compute them, in bf16."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shapes."""
+    parts: tuple[LayerPart, ...] = tuple(LayerPart)
+    """norm, rope, swiglu, ffn, loss."""
+    lengths: tuple[int, ...] = (8192, 32768)
+    """Tokens in one call."""
+    ffn_tiles: tuple[int, ...] = (4096, 16384)
+    """Tiles of the feed-forward that are tried, in tokens, in calls of more."""
+    reference_up_to: int = 8192
+    """Longest call in tokens of the loss that has all logits at once."""
+    device: Device = Device.AUTO
+    """auto, cpu or cuda."""
+    repeats: int = 10
+    """Timed calls, of which the median counts."""
+    output_dir: str = "outputs/benchmark"
+    """Folder of layers.csv."""
+
+    def __post_init__(self) -> None:
+        for key in ("parts", "lengths"):
+            shown = [value.value if isinstance(value, Enum) else value for value in getattr(self, key)]
+            _require(len(shown) > 0, key, "[]", "must hold at least one")
+            _require(len(set(shown)) == len(shown), key, shown, "must not hold the same twice")
+        for key in ("lengths", "ffn_tiles"):
+            for value in getattr(self, key):
+                _require(value >= 1, key, value, "must be at least 1")
+        _at_least(self, 0, "reference_up_to")
+        _at_least(self, 1, "repeats")
+        _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataBenchmarkConfig:
     """`scripts.benchmark data`: rates of the data pipeline on this machine's cores."""
 
@@ -1005,3 +1216,16 @@ class DataBenchmarkConfig:
         _at_least(self, 0, "num_workers")
         for key in ("scratch_dir", "output_dir"):
             _require(bool(getattr(self, key)), key, repr(getattr(self, key)), "must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """`scripts.report`: one page on a run or a sweep."""
+
+    folder: str = ""
+    """A run's folder, a sweep's, or any folder of runs' folders."""
+    output: str = ""
+    """The page's file; empty: report.html in the folder."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.folder), "folder", repr(self.folder), "must be given: python -m scripts.report FOLDER")

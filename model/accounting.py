@@ -123,3 +123,12 @@ def flops_per_token(config: ModelConfig, attention: Sequence[LayerAttention], le
     """(dense-equivalent, executed) training FLOPs per token, the mean over documents of `lengths`."""
     flops, tokens = training_flops(config, attention, lengths), int(np.sum(lengths, dtype=np.int64))
     return flops.dense_equivalent / tokens, flops.executed / tokens
+
+
+def exchange_bytes(config: ModelConfig, *, tokens: int, degree: int, itemsize: int) -> int:
+    """Bytes that a rank sends to others around one layer's attention, forward and backward, for its `tokens` of rows that `degree` share.
+
+    Each way q, k, v and the output of all heads (`model.sequence_parallel`), of which 1/degree stays; `itemsize` bytes a number.
+    """
+    heads = 2 * (config.num_heads + config.num_kv_heads * config.kv_copies(degree))
+    return 2 * tokens * heads * config.head_dim * itemsize * (degree - 1) // degree

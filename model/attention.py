@@ -11,6 +11,7 @@ from model.cache import LayerCache
 from model.layers import KeyConvolution, RMSNorm
 from model.ops import full, moba, sliding
 from model.rope import rotate
+from model.sequence_parallel import SequenceParallel
 
 Observer = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 """Called with q `[N, Hq, D]`, k and v `[N, Hkv, D]` as a layer attends with them, and cu_seqlens int32 `[n+1]`."""
@@ -44,29 +45,44 @@ class Attention(nn.Module):
         backend: str,
         workspace: int,
         cache: LayerCache | None = None,
+        sequence_parallel: SequenceParallel | None = None,
     ) -> Tensor:
         """`[N, hidden]` to `[N, hidden]` over packed documents with bounds cu_seqlens int32 `[n+1]`.
 
         `table` is `rotary_table` of the tokens' positions, None in a layer without positions; `workspace` counts bytes, as in
         `moba_attention`. With a `cache` x is one document's: all of its prompt where the cache is empty, afterwards its next token.
+        With `sequence_parallel` x and what is returned are this rank's stretch of the tokens, table and cu_seqlens all of them.
         """
-        q, k, v = self._project(x, table, cu_seqlens, cache)
+        q, k, v = self.project(x, table, cu_seqlens, cache, sequence_parallel)
         if self.observer is not None:
             self.observer(q, k, v, cu_seqlens)
         if cache is not None:
             cache.append(k, v)
-        if cache is None or cache.length == len(k):
-            return self.o_proj(_attend(q, k, v, cu_seqlens, attention, backend, workspace).flatten(1))
-        return self.o_proj(_attend_cached(q.squeeze(0), cache).flatten()[None])
+            if cache.length > len(k):
+                return self.o_proj(_attend_cached(q.squeeze(0), cache).flatten()[None])
+        out = _attend(q, k, v, cu_seqlens, attention, backend, workspace)
+        return self.o_proj((sequence_parallel.to_tokens(out) if sequence_parallel else out).flatten(1))
 
-    def _project(
-        self, x: Tensor, table: tuple[Tensor, Tensor] | None, cu_seqlens: Tensor, cache: LayerCache | None
+    def project(
+        self,
+        x: Tensor,
+        table: tuple[Tensor, Tensor] | None,
+        cu_seqlens: Tensor,
+        cache: LayerCache | None = None,
+        sequence_parallel: SequenceParallel | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What `forward` attends with: q `[N, Hq, D]`, k and v `[N, Hkv, D]` of x `[N, hidden]`; arguments as there."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        """What `forward` attends with: q `[N, Hq, D]`, k and v `[N, Hkv, D]` of x `[N, hidden]`; arguments as there.
+
+        With `sequence_parallel` of all N tokens those heads that are this rank's. The exchange comes first, as the key convolution
+        reads tokens that lie before this rank's stretch.
+        """
+        q, k, v = (projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        if sequence_parallel:
+            q, k, v = sequence_parallel.to_heads(q, k, v)
         if self.key_conv is not None:
-            k = self.key_conv(k, cu_seqlens) if cache is None else _convolve_cached(self.key_conv, k, cache)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+            raw = k.flatten(1)
+            convolved = self.key_conv(raw, cu_seqlens, sequence_parallel) if cache is None else _convolve_cached(self.key_conv, raw, cache)
+            k = convolved.view_as(k)
         q, k = self.q_norm(q), self.k_norm(k)
         return (q, k, v) if table is None else (rotate(q, table), rotate(k, table), v)
 

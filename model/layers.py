@@ -1,4 +1,4 @@
-"""The parts that every decoder layer repeats: RMSNorm, the SwiGLU feed-forward and the convolution over keys."""
+"""Parts of the decoder beside attention: RMSNorm, the SwiGLU feed-forward, the head and the convolution over keys."""
 
 import torch
 from torch import Tensor, nn
@@ -6,6 +6,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from configs.schema import ModelConfig
+from model.ops.loss import linear_cross_entropy
+from model.ops.swiglu import tiled_swiglu
+from model.sequence_parallel import SequenceParallel
 
 
 class RMSNorm(nn.Module):
@@ -21,16 +24,36 @@ class RMSNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x)), `[N, hidden]` to `[N, hidden]` (arXiv 2002.05202, eq. 6)."""
+    """SwiGLU: down(silu(gate(x)) · up(x)), `[N, hidden]` to `[N, hidden]` (arXiv 2002.05202, eq. 6); with `tile`, by so many tokens."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tile: int = 0) -> None:
         super().__init__()
+        self.tile = tile
         self.gate_proj = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
         self.down_proj = nn.Linear(config.ffn_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if 0 < self.tile < len(x):
+            # The weights themselves: a call of a projection for each tile would gather it anew each time under ZeRO-3.
+            return tiled_swiglu(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight, self.tile)
         return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Head(nn.Linear):
+    """Logits of what the decoder gives, or, where labels are given, their cross-entropies without the logits.
+
+    Both in the module that owns the weight, which ZeRO-3 gathers for the time of its call.
+    """
+
+    def __init__(self, config: ModelConfig, loss: str = "auto") -> None:
+        """`loss` is one of `model.ops.loss.BACKENDS`."""
+        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+        self.loss = loss
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits `[N, V]` of x `[N, hidden]`, or with labels int64 `[N]` what `linear_cross_entropy` returns."""
+        return super().forward(x) if labels is None else linear_cross_entropy(x, self.weight, labels, backend=self.loss)
 
 
 class KeyConvolution(nn.Module):
@@ -46,12 +69,16 @@ class KeyConvolution(nn.Module):
         self.width = width
         self.weight = nn.Parameter(torch.zeros(width, channels))
 
-    def forward(self, k: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """`[N, channels]` to `[N, channels]` over packed documents with bounds cu_seqlens int32 `[n+1]`, zero before each."""
+    def forward(self, k: Tensor, cu_seqlens: Tensor, sequence_parallel: SequenceParallel | None = None) -> Tensor:
+        """`[N, channels]` to `[N, channels]` over packed documents with bounds cu_seqlens int32 `[n+1]`, zero before each.
+
+        With `sequence_parallel` k has the channels of this rank's heads alone.
+        """
+        weight = sequence_parallel.own_channels(self.weight) if sequence_parallel else self.weight
         bounds = cu_seqlens.to(k.device, torch.int64)
         offset = torch.arange(len(k), device=k.device)
         offset = offset - bounds[:-1].repeat_interleave(bounds.diff(), output_size=len(k))
-        return k + functional.silu(_CausalSum.apply(k, self.weight, offset))
+        return k + functional.silu(_CausalSum.apply(k, weight, offset))
 
 
 class _CausalSum(torch.autograd.Function):

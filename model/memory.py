@@ -1,16 +1,17 @@
 """Bytes that one forward and backward pass holds at a time, from shapes alone; what `torch` saves was counted, see the tests.
 
-Shape letters: N tokens of the packed rows, h hidden, f FFN, V vocabulary, e bytes of an activation (2 bf16, 4 fp32).
+Shape letters: N tokens of the packed rows, or a rank's stretch of them, h hidden, f FFN, V vocabulary, e bytes of an activation (2 bf16,
+4 fp32).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from configs.layers import LayerAttention
-from configs.schema import ModelConfig
+from configs.schema import LossBackend, ModelConfig
 from model.ops.full.packed import CUDNN_LENGTH
+from model.ops.loss.tiled import tile_tokens
 from model.ops.moba.blocked import WORKSPACE_BUDGET
-from model.transformer import LOGITS_BUDGET
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,39 +19,68 @@ class PassBytes:
     """What one micro-batch holds on one rank beside weights, gradients and optimizer, in bytes."""
 
     activations: int
-    """Saved for the backward pass by all layers, the embedding and the final norm."""
+    """Kept on the device for the backward pass by all layers, the embedding and the final norm."""
+    host: int
+    """Kept in host memory."""
     logits: int
-    """Peak of head and loss in the backward pass: log-probabilities and two gradients of them in fp32, of one piece of the tokens."""
+    """Peak of head and loss: logits of a tile of tokens, in plain torch their log-probabilities in fp32, and the gradients of the head."""
     workspace: int
-    """Peak of a layer's backward pass beyond what is saved: gradients of FFN or attention, gate and slots of MoBA."""
+    """Peak of a layer's backward pass beyond `activations`, of which layers whose turn is over have let go: what is computed again,
+    gradients of FFN or attention, gate and slots of MoBA; and the gradient of a tied head."""
     gate_and_slots: int
     """What MoBA layers have of their own in it: means, ids and partial results of the blocks chosen; 0 where no layer is MoBA."""
 
     @property
     def peak(self) -> int:
-        """The head's backward pass is over when the layers' begins."""
+        """Head and loss are over when the layers' backward pass begins."""
         return self.activations + max(self.logits, self.workspace)
 
 
 def pass_bytes(
-    config: ModelConfig, attention: Sequence[LayerAttention], *, rows: int, seq_len: int, itemsize: int, gpu: bool, triton_workspace: int
+    config: ModelConfig,
+    attention: Sequence[LayerAttention],
+    activation: Sequence[str],
+    *,
+    rows: int,
+    seq_len: int,
+    itemsize: int,
+    gpu: bool,
+    triton_workspace: int,
+    sequence_parallel: int = 1,
+    loss: LossBackend = LossBackend.AUTO,
+    ffn_tile: int = 0,
 ) -> PassBytes:
-    """Bytes of forward and backward over `rows` rows that hold one document of `seq_len` tokens each, with the `attention` of each layer.
+    """Bytes of forward and backward over `rows` rows that hold one document of `seq_len` tokens each, with the `attention` of each layer
+    and what each keeps, its `activation` (`configs.layers.ACTIVATIONS`).
 
     `itemsize` is e; on a `gpu` RMSNorm is one kernel, on a CPU its steps are saved one by one; `triton_workspace` is what that MoBA
-    backend may hold (`moba_attention`), 0 where it is the `torch` backend. Nothing is checkpointed but the pieces of the loss.
+    backend may hold (`moba_attention`), 0 where it is the `torch` backend. `sequence_parallel` ranks share the rows, and the bytes are
+    those of one; what an exchange holds while it goes on is left out. `loss` and `ffn_tile` are those of `ParallelConfig`; Liger's loss is
+    counted as ours. torch.compile saves less than is reckoned here.
     """
-    shapes = _Shapes(config=config, rows=rows, seq_len=seq_len, itemsize=itemsize, gpu=gpu, triton_workspace=triton_workspace)
+    shapes = _Shapes(
+        config=replace(config, num_kv_heads=config.num_kv_heads * config.kv_copies(sequence_parallel)),
+        rows=rows,
+        seq_len=seq_len,
+        itemsize=itemsize,
+        gpu=gpu,
+        triton_workspace=triton_workspace,
+        sequence_parallel=sequence_parallel,
+        ffn_tile=ffn_tile,
+    )
     kinds = [effective(kind, seq_len) for kind in attention]
     num_tokens = shapes.num_tokens
-    table = 4 * config.head_dim  # cos and sin, which all layers share
-    ends = 8 + shapes.norm(config.hidden_size)  # token ids; the final norm
-    piece = min(num_tokens, max(1, LOGITS_BUDGET // config.vocab_size))
-    head = itemsize * config.vocab_size * config.hidden_size if piece < num_tokens else 0  # the weight's gradient, summed over pieces
+    kept = [num_tokens * shapes.kept(*layer) for layer in zip(kinds, activation, strict=True)]
+    behind = [sum(kept[index + 1 :]) for index in range(len(kept))]  # let go of before a layer's turn comes
+    beyond = [shapes.workspace(kind) + num_tokens * shapes.computed_again(kind, word) for kind, word in zip(kinds, activation)]
+    # Of whole rows: token ids; cos and sin, which all layers share.
+    shared = rows * seq_len * (8 + 4 * config.head_dim)
+    waiting = itemsize * config.vocab_size * config.hidden_size if config.tie_embeddings else 0  # the head's gradient, for the embedding's
     return PassBytes(
-        activations=num_tokens * (sum(shapes.layer(kind) for kind in kinds) + table + ends),
-        logits=12 * piece * config.vocab_size + head,
-        workspace=max(shapes.workspace(kind) for kind in set(kinds)),
+        activations=sum(kept) + shared + num_tokens * shapes.norm(config.hidden_size),
+        host=activation.count("offload") * num_tokens * shapes.input,
+        logits=shapes.logits(loss),
+        workspace=waiting + max(bytes_held - gone for bytes_held, gone in zip(beyond, behind)),
         gate_and_slots=max(shapes.gate_and_slots(kind) for kind in set(kinds)),
     )
 
@@ -73,6 +103,8 @@ class _Shapes:
     itemsize: int
     gpu: bool
     triton_workspace: int
+    sequence_parallel: int
+    ffn_tile: int
 
     @property
     def triton(self) -> bool:
@@ -80,7 +112,7 @@ class _Shapes:
 
     @property
     def num_tokens(self) -> int:
-        return self.rows * self.seq_len
+        return self.rows * self.seq_len // self.sequence_parallel
 
     @property
     def q_size(self) -> int:
@@ -99,29 +131,75 @@ class _Shapes:
         """Per token: RMSNorm's output, 1/rms in fp32, and its input; where it is no kernel, input and quotient in fp32."""
         return width * (2 * self.itemsize if self.gpu else self.itemsize + 8) + 4 * heads
 
+    @property
+    def is_tiled(self) -> bool:
+        """Whether the FFN goes by tiles."""
+        return 0 < self.ffn_tile < self.num_tokens
+
+    @property
+    def widens(self) -> bool:
+        """Whether what is computed in fp32 is first copied into it."""
+        return not self.gpu and self.itemsize == 2
+
+    def logits(self, loss: LossBackend) -> int:
+        """See `PassBytes`."""
+        vocab_size, head = self.config.vocab_size, self.config.vocab_size * self.config.hidden_size
+        if loss is LossBackend.REFERENCE:
+            return 12 * self.num_tokens * vocab_size  # log-probabilities and two gradients of them
+        tile = min(self.num_tokens, tile_tokens(vocab_size, self.itemsize)) * vocab_size
+        scores = 0 if self.gpu and loss is not LossBackend.TORCH else 4 * tile
+        if self.widens:
+            scores *= 2
+        return self.itemsize * tile + scores + 4 * head + self.itemsize * self.num_tokens * self.config.hidden_size
+
+    @property
+    def input(self) -> int:
+        """Bytes per token of a layer's input."""
+        return self.itemsize * self.config.hidden_size
+
+    def kept(self, attention: LayerAttention, activation: str) -> int:
+        """Bytes per token that one layer keeps on the device."""
+        if activation == "selective":
+            return self.input + self.itemsize * self.q_size + self.log_sum_exp_and_ids(attention)
+        return {"none": self.layer(attention), "full": self.input, "offload": 0}[activation]
+
+    def computed_again(self, attention: LayerAttention, activation: str) -> int:
+        """Bytes per token that are there again, of what one layer did not keep, when its backward pass begins."""
+        ahead = self.input if activation == "offload" else 0  # the input of the layer whose turn is next
+        return self.layer(attention) - self.kept(attention, activation) + ahead
+
+    def log_sum_exp_and_ids(self, attention: LayerAttention) -> int:
+        """Bytes per token that attention saves besides q, k, v and its output."""
+        ids = self.config.num_heads * self.slots(attention) * (4 if self.triton else 8) if attention.kind == "moba" else 0
+        return 4 * self.config.num_heads + ids
+
     def layer(self, attention: LayerAttention) -> int:
-        """Bytes per token that one layer saves."""
+        """Bytes per token that one layer saves where nothing is computed again."""
         config = self.config
         # Rotated q and k, v, the attention's output; the FFN's gate, silu(gate), up and their product.
-        wide = 2 * self.q_size + 2 * self.kv_size + 4 * config.ffn_size
-        saved = 2 * self.norm(config.hidden_size) + 4 * config.num_heads  # and the log-sum-exp
+        wide = 2 * self.q_size + 2 * self.kv_size + (0 if self.is_tiled else 4 * config.ffn_size)
+        saved = 2 * self.norm(config.hidden_size) + self.log_sum_exp_and_ids(attention)
         if config.qk_norm:  # the norms' outputs are rotated, not saved
             saved += self.norm(self.q_size, config.num_heads) + self.norm(self.kv_size, config.num_kv_heads)
             wide -= self.q_size + self.kv_size
         if config.key_conv:
-            saved += 8  # each token's place in its document
+            saved += 8 * self.sequence_parallel  # the place in its document of each token of whole rows
             wide += 2 * self.kv_size  # keys before the convolution, and before its SiLU
-        if attention.kind == "moba":
-            saved += config.num_heads * self.slots(attention) * (4 if self.triton else 8)
-        if (attention.kind == "full" and self.is_joined) or (attention.kind == "moba" and not self.triton):
-            wide += self.q_size  # outputs by document, or by group of heads, are joined by a copy
+        joined = (attention.kind == "full" and self.is_joined) or (attention.kind == "moba" and not self.triton)
+        if joined or self.sequence_parallel > 1:
+            wide += self.q_size  # outputs by document, by group of heads or of all heads by rank come together in a copy
         return saved + self.itemsize * wide
 
     def workspace(self, attention: LayerAttention) -> int:
-        """Bytes that the backward pass of the last layer holds beyond what all layers saved; what it is done with it lets go of."""
-        tokens, ffn_size = self.num_tokens, self.config.ffn_size
-        ffn = 2 * self.itemsize * tokens * ffn_size  # gradients of silu(gate) and up, in place of the product
-        freed = tokens * (4 * self.itemsize * ffn_size + self.norm(self.config.hidden_size))  # the FFN's, before attention begins
+        """Bytes that a layer's backward pass holds beyond what its forward pass saved; what it is done with it lets go of."""
+        tokens, hidden, ffn_size = self.num_tokens, self.config.hidden_size, self.config.ffn_size
+        freed = tokens * self.norm(hidden)  # what the FFN saved, before attention begins
+        if self.is_tiled:  # five intermediates of a tile, the fp32 sums of three gradients, the input's gradient
+            ffn = self.itemsize * (5 * self.ffn_tile * ffn_size + tokens * hidden) + 12 * ffn_size * hidden
+            ffn += 4 * self.ffn_tile * (ffn_size + hidden) if self.widens else 0
+        else:
+            ffn = 2 * self.itemsize * tokens * ffn_size  # gradients of silu(gate) and up, in place of the product
+            freed += 4 * self.itemsize * tokens * ffn_size
         gradients = self.itemsize * tokens * (2 * self.q_size + 2 * self.kv_size)
         if attention.kind != "moba":
             return max(ffn, gradients + 4 * tokens * self.q_size - freed)  # fused kernels sum dq in fp32

@@ -8,35 +8,35 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import cast
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from configs.layers import LayerAttention
+from configs.layers import ACTIVATIONS, LayerAttention
 from configs.schema import ModelConfig, RopeConfig
+from model.activations import run_layer
 from model.attention import Attention, check_kinds
 from model.cache import LayerCache
-from model.layers import FeedForward, RMSNorm
+from model.host_memory import HostMemory
+from model.layers import FeedForward, Head, RMSNorm
 from model.rope import rotary_table
-
-IGNORE = -100
-# Logits held at once while the loss is taken, in elements (1 GiB in fp32): 128K tokens x 128K words would be 64 GiB.
-LOGITS_BUDGET = 1 << 28
+from model.sequence_parallel import SequenceParallel
 
 
 class Block(nn.Module):
     """One pre-norm decoder layer on the residual stream `[N, hidden]`; arguments as in `Attention.forward`."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ffn_tile: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.ffn = FeedForward(config)
+        self.ffn = FeedForward(config, ffn_tile)
 
     def forward(self, x: Tensor, *attention_args: object) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), *attention_args)
+        return self.finish(x, self.attention(self.attention_norm(x), *attention_args))
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The layer's output `[N, hidden]` from its input and what attention gives."""
+        x = x + attended
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -50,9 +50,13 @@ class Transformer(nn.Module):
         rope: RopeConfig,
         backend: str = "auto",
         workspace: int = 1 << 30,
+        *,
+        loss: str = "auto",
+        ffn_tile: int = 0,
     ) -> None:
         """`attention` as from `AttentionConfig.per_layer`; `backend` one of `model.attention.BACKENDS`; `workspace` the bytes
-        that `moba_attention` may hold of partial results. Raises ValueError.
+        that `moba_attention` may hold of partial results; `loss` one of `model.ops.loss.BACKENDS`; `ffn_tile` the tokens that the
+        feed-forward takes at once, 0 for all. Raises ValueError.
 
         Weights are PyTorch's defaults until `model.init.initialise` or `load_state_dict`.
         """
@@ -60,12 +64,15 @@ class Transformer(nn.Module):
         self.config = config
         self.backend = backend
         self.workspace = workspace
+        self.sequence_parallel: SequenceParallel | None = None
         self.set_attention(attention)
         self.set_rope(rope)
+        self.set_activation(("none",) * config.num_layers)
+        self.host = HostMemory()
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, ffn_tile) for _ in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Head(config, loss)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -80,6 +87,16 @@ class Transformer(nn.Module):
         """Switch the rotary positions, between any two steps; nothing else changes. Raises ValueError."""
         self.nope_layers = rope.nope_layers(self.config.num_layers)
         self.rope = rope
+
+    def set_activation(self, per_layer: tuple[str, ...]) -> None:
+        """Switch what layers keep for the backward pass, as from `ActivationConfig.per_layer`, between any two steps; no result
+        changes. Raises ValueError."""
+        if len(per_layer) != self.config.num_layers:
+            raise ValueError(f"activation names {len(per_layer)} layers; the model has num_layers={self.config.num_layers}")
+        for kept in per_layer:
+            if kept not in ACTIVATIONS:
+                raise ValueError(f"activation={kept!r}; accepted: {', '.join(ACTIVATIONS)}")
+        self.activation = tuple(per_layer)
 
     @contextlib.contextmanager
     def observed(self, observe: Callable[[int, Tensor, Tensor, Tensor, Tensor], None]) -> Iterator[None]:
@@ -103,28 +120,25 @@ class Transformer(nn.Module):
             cu_seqlens: int32 `[n_docs+1]`, document bounds from 0 to N.
             labels: int64 `[N]`, the token that each one must predict; -100 where there is none.
 
-        Returns: logits `[N, V]` in the model's dtype, or cross-entropies fp32 `[N]` in nats, 0 where the label is -100.
+        Returns: logits `[N, V]` in the model's dtype, or cross-entropies fp32 `[N]` in nats, 0 where the label is -100; with
+        `sequence_parallel` those of this rank's stretch of the tokens alone.
         """
+        if self.sequence_parallel and labels is not None:
+            labels = self.sequence_parallel.own_tokens(labels)
         x = self.hidden(tokens, positions, cu_seqlens)
-        return self.head(x) if labels is None else self._losses(x, labels)
+        return self.head(x, labels)
 
     def hidden(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, caches: list[LayerCache] | None = None) -> Tensor:
-        """What the head reads, `[N, hidden]`; with `caches`, one for each layer, of one sequence (see `Attention.forward`)."""
-        x = self.embedding(tokens)
+        """What the head reads, `[N, hidden]`; with `caches`, one for each layer, of one sequence (see `Attention.forward`).
+
+        With `sequence_parallel` it is that of this rank's stretch of the tokens.
+        """
+        x = self.embedding(self.sequence_parallel.own_tokens(tokens) if self.sequence_parallel else tokens)
         table = rotary_table(positions, self.config.head_dim, self.rope)
         for index, layer in enumerate(self.layers):
             cache = caches[index] if caches else None
             turn = None if index in self.nope_layers else table
-            x = layer(x, turn, cu_seqlens, self.attention[index], self.backend, self.workspace, cache)
+            arguments = (turn, cu_seqlens, self.attention[index], self.backend, self.workspace, cache, self.sequence_parallel)
+            x = run_layer(layer, self.activation[index], self.host, x, *arguments)
+        self.host.settle()
         return self.final_norm(x)
-
-    def _losses(self, x: Tensor, labels: Tensor) -> Tensor:
-        """fp32 `[N]`; in pieces, whose logits the backward pass computes again, where all logits would not fit."""
-        size = max(1, LOGITS_BUDGET // self.config.vocab_size)
-        if len(x) <= size:
-            return self._piece_losses(x, labels)
-        pieces = zip(x.split(size), labels.split(size), strict=True)
-        return torch.cat([checkpoint(self._piece_losses, *piece, use_reentrant=False) for piece in pieces])
-
-    def _piece_losses(self, x: Tensor, labels: Tensor) -> Tensor:
-        return functional.cross_entropy(self.head(x).float(), labels, ignore_index=IGNORE, reduction="none")

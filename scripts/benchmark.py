@@ -1,4 +1,4 @@
-"""Measure kernels, `python -m scripts.benchmark attention`, or the data pipeline, `python -m scripts.benchmark data`.
+"""Measure kernels, `python -m scripts.benchmark attention` and `layers`, training, `... train`, or the data pipeline, `... data`.
 
 Attention:
     lengths=[8192,32768] settings=[[128,8],[512,3]]   tokens in a call; MoBA settings, each [block_size, topk]
@@ -9,6 +9,23 @@ Attention:
 Forward and forward+backward time, eager and under a CUDA graph, peak memory and sparse efficiency of MoBA and dense attention on one
 GPU. A row is first checked against fp64; one that is wrong shows its error in place of a time, and the exit status is 1.
 Prints Markdown; writes attention.csv and attention.png into output_dir, anew after every row.
+
+Layers:
+    model=llama_1b9 lengths=[8192,32768]              shapes; tokens in a call
+    parts=[norm,rope,swiglu,ffn,loss]                 what is measured; all of it by default
+
+Time and memory of forward+backward of what a layer has beside attention, and of the loss: eager, compiled, in tiles, and Liger's where
+it is installed. Prints Markdown; writes layers.csv into output_dir.
+
+Train:
+    lengths=[8192,131072] attentions=["full","moba(512, 3)"]   tokens in a row; attention rules
+    model=llama_1b9 parallel.precision=bf16                    all keys and groups of a training run: its shapes, its memory policy
+    changes=[{from_length: 1048576, settings: ["steps=1"]}]    settings of long cases
+    rows=[framework,transformers] dense_up_to=8192             which programs; the longest full attention
+    comparison=NAME                                            one of configs/comparison/
+
+Tokens/s, MFU, peak memory, recompilations and data wait of training steps, each case in processes of its own; one that runs out of
+memory is said to. Prints Markdown; writes train.md, train.csv and train.png into output_dir, anew after every case.
 
 Data:
     rows=[preparing,opening,packing,loading]          what is measured; all of it by default
@@ -33,7 +50,15 @@ import torch
 
 from configs.mapping import nearest
 from configs.registry import command, fail, show
-from configs.schema import BenchmarkConfig, ConfigError, DataBenchmarkConfig, KernelInputs, ModelConfig
+from configs.schema import (
+    BenchmarkConfig,
+    ConfigError,
+    DataBenchmarkConfig,
+    KernelInputs,
+    LayerBenchmarkConfig,
+    ModelConfig,
+    TrainBenchmarkConfig,
+)
 from data.workers import resolve_workers
 from scripts.attention_benchmark.cases import all_cases, is_installed, label
 from scripts.attention_benchmark.measure import CudaMeter, Result, measure
@@ -41,24 +66,27 @@ from scripts.attention_benchmark.report import markdown, series, to_csv
 from scripts.attention_benchmark.trained import Trained
 from scripts.data_benchmark import report as data_report
 from scripts.data_benchmark.rows import MEASURES
-from scripts.figures import plot_times
+from scripts.figures import plot_over_lengths
+from scripts.layer_benchmark.rows import measure as measure_layers
 from scripts.program import run
+from scripts.training_benchmark import report as training_report
+from scripts.training_benchmark.program import train_benchmark
+from train.distributed import choose_device
 from train.run_dir import write_atomically
 
-SUBCOMMANDS = ("attention", "data")
 FILES = ("attention.csv", "attention.png")
-DATA_FILE = "data.csv"
+DATA_FILE, LAYERS_FILE = "data.csv", "layers.csv"
 
 
 def main() -> None:
     """Takes the subcommand, the first word, off the command line; the rest is its config."""
     word = next(iter(sys.argv[1:]), "")
-    if word in SUBCOMMANDS:
+    if word in COMMANDS:
         sys.argv.pop(1)
     elif word not in ("-h", "--help"):
-        given = "what to measure must be given" if not word or "=" in word else f"{word}: no such benchmark{nearest(word, SUBCOMMANDS)}"
-        fail(f"{given}; accepted first word: {', '.join(SUBCOMMANDS)}")
-    (data if word == "data" else attention)()
+        given = "what to measure must be given" if not word or "=" in word else f"{word}: no such benchmark{nearest(word, list(COMMANDS))}"
+        fail(f"{given}; accepted first word: {', '.join(COMMANDS)}")
+    COMMANDS.get(word, attention)()
 
 
 @command(DataBenchmarkConfig, config_name="benchmark_data")
@@ -72,6 +100,27 @@ def data(config: DataBenchmarkConfig) -> None:
             figures += MEASURES[row](config, Path(place))
         write_atomically(folder / DATA_FILE, data_report.to_csv(figures, facts))
     show(f"{data_report.markdown(figures, facts)}\n\n{folder / DATA_FILE}")
+
+
+@command(TrainBenchmarkConfig, config_name="benchmark_train")
+def train(config: TrainBenchmarkConfig) -> None:
+    """Measures case after case, keeps the files up to date, and prints the report."""
+    folder, facts = _make_folder(config.output_dir, "output_dir"), {"torch": torch.__version__, **_date_and_command("train")}
+    results = train_benchmark(config, folder, facts)
+    show("\n\n".join([training_report.markdown(results, facts), "\n".join(str(folder / name) for name in training_report.FILES)]))
+
+
+@command(LayerBenchmarkConfig, config_name="benchmark_layers")
+def layers(config: LayerBenchmarkConfig) -> None:
+    """Measures way after way and prints the report."""
+    device = choose_device(config.device)
+    folder = _make_folder(config.output_dir, "output_dir")
+    facts = describe("layers") if device.type == "cuda" else _date_and_command("layers")
+    figures: list[data_report.Measured] = []
+    for figure in measure_layers(config, device):
+        figures.append(figure)
+        write_atomically(folder / LAYERS_FILE, data_report.to_csv(figures, facts))
+    show(f"{data_report.markdown(figures, facts)}\n\n{folder / LAYERS_FILE}")
 
 
 @command(BenchmarkConfig, config_name="benchmark")
@@ -118,7 +167,7 @@ def with_heads_of(config: BenchmarkConfig, model: ModelConfig) -> BenchmarkConfi
     return replace(config, **heads)
 
 
-def describe() -> dict[str, str]:
+def describe(word: str = "attention") -> dict[str, str]:
     """What the results were found on and with."""
     import triton  # not installed everywhere; where there is a CUDA device it is
 
@@ -127,7 +176,7 @@ def describe() -> dict[str, str]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
         "triton": triton.__version__,
-        **_date_and_command("attention"),
+        **_date_and_command(word),
     }
 
 
@@ -157,7 +206,8 @@ def _write(folder: Path, results: Sequence[Result]) -> None:
         beside = folder / f".{table.name}.partial"
         beside.write_text(to_csv(results, facts))
         beside.replace(table)
-        plot_times(figure, f"Attention on {facts['gpu']}, {facts['date']}", series(results))
+        panels = {f"{name} (ms)": lines for name, lines in series(results).items()}
+        plot_over_lengths(figure, f"Attention on {facts['gpu']}, {facts['date']}", panels)
     except BaseException as error:
         for name in FILES:
             (folder / f".{name}.partial").unlink(missing_ok=True)
@@ -165,6 +215,8 @@ def _write(folder: Path, results: Sequence[Result]) -> None:
             raise ConfigError(f"output_dir={folder}: cannot be written ({error.strerror})") from None
         raise
 
+
+COMMANDS = {"attention": attention, "layers": layers, "train": train, "data": data}
 
 if __name__ == "__main__":
     run(main, interrupted="the rows that were finished are in output_dir")

@@ -6,13 +6,15 @@
     rope.scaling=yarn rope.factor=4              positions for contexts beyond the checkpoint's
 
 Without these, perplexity under what the checkpoint was trained with last. Writes evaluation.json, evaluation.md and figures into
-output_dir (default: `evaluation` in the run folder). docs/evaluation.md says how each part is made and what its figures mean.
+output_dir (default: `evaluation` in the run folder). Several ranks, `deepspeed --module --no_local_rank scripts.evaluate ...`, share
+every document; they take perplexity alone. docs/evaluation.md says how each part is made and what its figures mean.
 """
 
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from configs.checks import divisors
 from configs.mapping import to_mapping
 from configs.registry import command, show
-from configs.schema import ConfigError, EvaluateConfig, Precision
+from configs.schema import ConfigError, EvaluateConfig, EvaluationPart, Precision, RunConfig
 from model.transformer import Transformer
 from scripts.figures import plot_gates, plot_needles, plot_positions
 from scripts.program import run
 from train.checkpoint import resolve
-from train.distributed import choose_device
+from train.distributed import Ranks, choose_device, find_ranks, on_main, run_to_end, share_rows
+from train.engine import processes
 from train.evaluate import attention_label, attention_settings, choose_documents, context_lengths, open_corpus, stretch
 from train.initial import is_converted, load_into, state_of, tokenizers_of
 from train.report import describe_documents, markdown, overview, result_label
@@ -43,29 +47,41 @@ Plot = Callable[[Path], None]
 @command(EvaluateConfig, config_name="evaluate")
 def main(config: EvaluateConfig) -> None:
     """Evaluates, and prints the main table and where the files are."""
-    report = evaluate(config)
-    files = [*_figures(report), "evaluation.md", "evaluation.json"]
-    show("\n".join([overview(report), *(str(Path(report["output_dir"]) / name) for name in files)]))
+    ranks = find_ranks(config.device)
+    with processes(ranks) if ranks.world_size > 1 else nullcontext():
+        report = evaluate(config, ranks)
+    if ranks.is_main:
+        files = [*_figures(report), "evaluation.md", "evaluation.json"]
+        show("\n".join([overview(report), *(str(Path(report["output_dir"]) / name) for name in files)]))
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """What evaluation.json holds, after it, the Markdown and the figure are written. Raises ConfigError before the long work."""
-    device = choose_device(config.device)
-    checkpoint = find_checkpoint(config.checkpoint)
+def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> dict[str, Any]:
+    """What evaluation.json holds, after it, the Markdown and the figure are written. Raises ConfigError before the long work.
+
+    All of `ranks` call it and share each document (None: this process is alone).
+    """
+    ranks = ranks or Ranks(rank=0, world_size=1, device=choose_device(config.device))
+    device = ranks.device
+    checkpoint = on_main(ranks, lambda: find_checkpoint(config.checkpoint))
     state = state_of(checkpoint)
     trained = state.run()
     stage = stretch(state.stage(), trained, config.rope)
+    if ranks.world_size > 1:
+        _check_sharing(config, trained, ranks)
     settings = attention_settings(config, trained, stage)
     contexts = context_lengths(config, trained, stage, settings)
     corpus = open_corpus(config.data, tokenizers_of(checkpoint))
     documents = choose_documents(corpus, config)
     suite = Suite.prepare(config.suite, corpus, settings, contexts, documents)
-    folder = _make_folder(config, checkpoint)
+    folder = on_main(ranks, lambda: _make_folder(config, checkpoint))
 
-    model = Transformer(trained.model, next(iter(settings.values())), stage.rope, config.backend.value, stage.attention.workspace)
+    attention, workspace = next(iter(settings.values())), stage.attention.workspace
+    tile = trained.parallel.ffn_tile
+    model = Transformer(trained.model, attention, stage.rope, config.backend.value, workspace, ffn_tile=tile)
     load_into(model, checkpoint)
     model.to(device, torch.bfloat16 if config.precision is Precision.BF16 else torch.float32).eval()
-    with _progress(suite.total_tokens) as progress:
+    share_rows(model, ranks.world_size)
+    with _progress(suite.total_tokens, shown=ranks.is_main) as progress:
         found = suite.run(model, corpus, config.checkpoint, device, progress)
     report = {
         "run": trained.name,
@@ -80,10 +96,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         **found,
         "output_dir": str(folder),
         "config": to_mapping(config),
-        "launch": describe_launch(world_size=1),
+        "launch": describe_launch(ranks.world_size),
         "training": {"git": state.git, "config": state.config},
     }
-    _write(folder, report)
+    on_main(ranks, lambda: _write(folder, report))
     return report
 
 
@@ -95,6 +111,22 @@ def find_checkpoint(path: str) -> Path:
         return resolve(path, lambda text: print(text, file=sys.stderr))
     except ConfigError as error:
         raise ConfigError(f"checkpoint={error}") from None
+
+
+def _check_sharing(config: EvaluateConfig, trained: RunConfig, ranks: Ranks) -> None:
+    """Raises ConfigError for what ranks that share documents cannot do."""
+    alone = [part.value for part in config.suite.parts if part is not EvaluationPart.PERPLEXITY]
+    if alone:
+        raise ConfigError(
+            f"suite.parts={','.join(alone)}: runs in one process; the {ranks.world_size} ranks of this launch share documents for "
+            "perplexity alone"
+        )
+    num_heads = trained.model.num_heads
+    if num_heads % ranks.world_size:
+        raise ConfigError(
+            f"checkpoint={config.checkpoint}: its model has {num_heads} query heads, which the {ranks.world_size} ranks of this launch do "
+            f"not divide; accepted: {divisors(num_heads)}"
+        )
 
 
 def _make_folder(config: EvaluateConfig, checkpoint: Path) -> Path:
@@ -111,11 +143,11 @@ def _make_folder(config: EvaluateConfig, checkpoint: Path) -> Path:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
+def _progress(total: int, *, shown: bool) -> Iterator[Callable[[str, int], None]]:
     """A bar of scored tokens on a terminal's stderr, nothing elsewhere."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal), transient=True) as bar:
         task = bar.add_task("", total=total)
         yield lambda text, tokens: bar.update(task, advance=tokens, description=text)
 
@@ -150,4 +182,4 @@ def _write(folder: Path, report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, interrupted="nothing was written")
+    run_to_end(partial(run, main, interrupted="nothing was written"))

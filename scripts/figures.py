@@ -1,4 +1,4 @@
-"""Figures of evaluations, training runs, corpora and kernels. No display is needed; colours suit colour-blind readers."""
+"""Figures of evaluations, training runs, corpora and benchmarks. No display is needed; colours suit colour-blind readers."""
 
 import itertools
 import json
@@ -64,8 +64,9 @@ def plot_losses(path: Path, runs: Mapping[str, Path]) -> None:
     _save(figure, path)
 
 
-def plot_times(path: Path, title: str, panels: Mapping[str, Sequence[tuple[str, str, Sequence[tuple[int, float]]]]]) -> None:
-    """Writes a PNG of times over lengths, a panel for each entry: its lines are (kernel, attention, [(tokens, ms), ...]).
+def plot_over_lengths(path: Path, title: str, panels: Mapping[str, Sequence[tuple[str, str, Sequence[tuple[int, float]]]]]) -> None:
+    """Writes a PNG of figures over lengths, a panel for each entry, what is measured and its unit: its lines are
+    (kernel or program, attention, [(tokens, figure), ...]).
 
     A colour stands for an attention, a marker and dash for a kernel, so that rivals at one task share a colour.
     """
@@ -86,7 +87,7 @@ def plot_times(path: Path, title: str, panels: Mapping[str, Sequence[tuple[str, 
         axes.xaxis.set_minor_locator(NullLocator())
         _log_ticks(axes, subs=(1, 2, 5))
         axes.set_xlabel("tokens")
-        axes.set_ylabel(f"{name} (ms)")
+        axes.set_ylabel(name)
         _plain(axes)
     if handles:
         figure.legend(list(handles.values()), list(handles), loc="outside right upper", frameon=False, fontsize=8)

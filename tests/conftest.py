@@ -17,6 +17,7 @@ def pytest_configure():
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")
             importlib.import_module("model.ops.moba.triton.operator")
+            importlib.import_module("model.ops.loss.kernel")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,7 +1,7 @@
 """Forward and backward of a plan's shapes, really run on this machine's device, beside what was reckoned.
 
-Models of one and of two layers of each kind of attention are timed: their difference is a layer, what is left embedding, head and
-loss. So a model fits whose layers do not all fit. The optimizer and other ranks are not in it.
+Models of one and of two layers of each kind of attention, and of what is kept of it, are timed: their difference is a layer, what is
+left embedding, head and loss. So a model fits whose layers do not all fit. The optimizer and other ranks are not in it.
 """
 
 import time
@@ -9,20 +9,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from configs.layers import LayerAttention
 from configs.schema import ConfigError, PlanConfig, Precision, StageConfig
 from model.memory import effective
 from model.transformer import Transformer
 from train.distributed import choose_device
-from train.plan import Plan, StagePlan, micro_batch_bytes
+from train.memory import free_host_memory, layers_bytes, stage_bytes
+from train.plan import Plan, StagePlan
+from train.trainer import check_loss
 
 REPEATS = 3  # after one call to warm up; the fastest counts
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerFigures:
-    """Forward and backward of one micro-batch: seconds, and bytes saved between the two."""
+    """Forward and backward of one micro-batch: seconds, and bytes kept on the device between the two."""
 
     seconds: float
     activations: int
@@ -32,34 +37,38 @@ class LayerFigures:
 class StageFigures:
     """A stage on this device; whole-model figures are sums over its layers."""
 
-    layers: dict[LayerAttention, LayerFigures]
+    layers: dict[tuple[LayerAttention, str], LayerFigures]
+    """By attention and what is kept (`configs.layers.ACTIVATIONS`)."""
     ends: LayerFigures
     """Embedding, final norm, head and loss."""
     step_seconds: float
     """Of one optimizer step of a rank, the optimizer left out."""
     activations: int
-    """Bytes that a micro-batch of the whole model saves."""
+    """Bytes that a micro-batch of the whole model keeps on the device."""
     reckoned: int
     """The same as the plan reckons it for this device."""
 
 
 def calibrate(plan: Plan) -> tuple[str, tuple[StageFigures, ...]]:
-    """The device's name and the figures of each stage. Raises ConfigError where the device cannot hold two layers."""
+    """The device's name and the figures of each stage. Raises ConfigError where the device cannot hold two layers, or not take the
+    loss that the plan asks for."""
     device = choose_device(plan.config.device)
+    check_loss(plan.config, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return name, tuple(_measure_stage(plan.config, stage, index, device) for index, stage in enumerate(plan.stages))
 
 
 def _measure_stage(config: PlanConfig, plan: StagePlan, index: int, device: torch.device) -> StageFigures:
-    kinds = [effective(kind, plan.stage.seq_len) for kind in plan.attention]
-    layers: dict[LayerAttention, LayerFigures] = {}
+    attention = [effective(kind, plan.stage.seq_len) for kind in plan.attention]
+    kinds = list(zip(attention, plan.stage.activation.per_layer(config.model.num_layers), strict=True))
+    layers: dict[tuple[LayerAttention, str], LayerFigures] = {}
     ends: list[LayerFigures] = []
     for kind in dict.fromkeys(kinds):
         _check_room(config, plan.stage, kind, index, device)
         try:
-            one, two = (_measure(config, plan.stage, (kind,) * count, device) for count in (1, 2))
+            one, two = (_measure(config, plan.stage, [kind] * count, device) for count in (1, 2))
         except torch.cuda.OutOfMemoryError:
-            raise ConfigError(f"measure=true: two layers of {kind} at stages.{index}.seq_len={plan.stage.seq_len} do not fit") from None
+            raise ConfigError(f"measure=true: two layers of {kind[0]} at stages.{index}.seq_len={plan.stage.seq_len} do not fit") from None
         layers[kind] = LayerFigures(seconds=max(0.0, two.seconds - one.seconds), activations=two.activations - one.activations)
         ends.append(LayerFigures(seconds=max(0.0, 2 * one.seconds - two.seconds), activations=one.activations - layers[kind].activations))
     rest = min(ends, key=lambda figures: figures.seconds)
@@ -68,31 +77,31 @@ def _measure_stage(config: PlanConfig, plan: StagePlan, index: int, device: torc
         ends=rest,
         step_seconds=plan.micro_batches * (rest.seconds + sum(layers[kind].seconds for kind in kinds)),
         activations=rest.activations + sum(layers[kind].activations for kind in kinds),
-        reckoned=micro_batch_bytes(config, plan.stage, plan.attention, gpu=device.type == "cuda").activations,
+        reckoned=stage_bytes(config, plan.stage, world_size=config.num_gpus, gpu=device.type == "cuda").activations,
     )
 
 
-def _check_room(config: PlanConfig, stage: StageConfig, kind: LayerAttention, index: int, device: torch.device) -> None:
+def _check_room(config: PlanConfig, stage: StageConfig, kind: tuple[LayerAttention, str], index: int, device: torch.device) -> None:
     gpu = device.type == "cuda"
-    held = micro_batch_bytes(config, stage, (kind, kind), gpu=gpu)
-    free = torch.cuda.mem_get_info(device)[0] if gpu else _available_memory()
+    attention, kept = kind
+    held = layers_bytes(config, stage, [attention] * 2, [kept] * 2, world_size=config.num_gpus, gpu=gpu)
+    free = torch.cuda.mem_get_info(device)[0] if gpu else free_host_memory()
     if held.peak > free:
         raise ConfigError(
-            f"measure=true: two layers of {kind} at stages.{index}.seq_len={stage.seq_len} hold about {held.peak / 1e9:.1f} GB, "
+            f"measure=true: two layers of {attention} at stages.{index}.seq_len={stage.seq_len} hold about {held.peak / 1e9:.1f} GB, "
             f"{free / 1e9:.1f} GB are free here; shorten the rows or measure on a larger device"
         )
 
 
-def _available_memory() -> int:
-    with open("/proc/meminfo") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-
-
-def _measure(config: PlanConfig, stage: StageConfig, attention: tuple[LayerAttention, ...], device: torch.device) -> LayerFigures:
-    shape = replace(config.model, num_layers=len(attention))
+def _measure(config: PlanConfig, stage: StageConfig, layers: list[tuple[LayerAttention, str]], device: torch.device) -> LayerFigures:
+    shape = replace(config.model, num_layers=len(layers))
+    attention, activation = zip(*layers)
     rope = replace(stage.rope, nope="")  # it names layers of the whole model; without positions a layer does and keeps almost the same
+    backend, workspace = stage.attention.backend.value, stage.attention.workspace
+    loss, tile = config.parallel.loss.value, config.parallel.ffn_tile
     with device:
-        model = Transformer(shape, attention, rope, stage.attention.backend.value, stage.attention.workspace)
+        model = Transformer(shape, attention, rope, backend, workspace, loss=loss, ffn_tile=tile)
+    model.set_activation(activation)
     model.to(torch.bfloat16 if config.parallel.precision is Precision.BF16 else torch.float32)
     rows = config.micro_batch_rows(stage, config.num_gpus)
     num_tokens = rows * stage.seq_len
@@ -106,7 +115,7 @@ def _measure(config: PlanConfig, stage: StageConfig, attention: tuple[LayerAtten
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    saved = saved_bytes(model, lambda: model.hidden(tokens, positions, cu_seqlens))
+    saved = kept_bytes(model, lambda: model.hidden(tokens.clone(), positions, cu_seqlens))
     seconds = []
     for _ in range(1 + REPEATS):
         started = time.perf_counter()
@@ -115,16 +124,28 @@ def _measure(config: PlanConfig, stage: StageConfig, attention: tuple[LayerAtten
     return LayerFigures(seconds=min(seconds[1:]), activations=saved)
 
 
-def saved_bytes(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> int:
-    """Bytes that autograd keeps of a forward pass, its result included, each storage once, without the model's parameters."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
+def kept_bytes(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> int:
+    """Bytes of all that a forward pass makes on the model's device and that is still there when it is over, its result included."""
+    parameters = {StorageWeakRef(parameter.untyped_storage()) for parameter in model.parameters()}
+    with _Made() as made:
+        result = forward()
+    device = result.device
+    return sum(
+        size for (storage, where), size in made.sizes.items() if where == device and not storage.expired() and storage not in parameters
+    )
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept.setdefault(storage.data_ptr(), storage)  # held, so that no other tensor takes its address
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        keep(forward())
-    return sum(storage.nbytes() for address, storage in kept.items() if address not in parameters)
+class _Made(TorchDispatchMode):
+    """The storages that operators give, and their sizes in bytes, by themselves and their device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[tuple[StorageWeakRef, torch.device], int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(given):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.sizes[StorageWeakRef(storage), tensor.device] = storage.nbytes()
+        return given

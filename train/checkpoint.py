@@ -1,9 +1,9 @@
-"""Checkpoints that are complete or absent: written beside, checksummed, renamed; `latest` moves last.
+"""Checkpoints on disk: which one a run goes on from, whether it is whole, and what it holds; `train.saving` writes them.
 
 run_dir/checkpoints/step_00000200/
-    engine/          DeepSpeed's weights and optimizer state, one file a rank
+    engine/          fp32 weights and Adam's moments by parameter (`train.fragments`), files of each rank
     rng_00000.pt     torch's random state, one file a rank
-    state.json       step, stream position, counters, layout (`TrainingState`)
+    state.json       step, stream position, counters, config (`TrainingState`)
     manifest.json    bytes and BLAKE2 hash of every file above
 """
 
@@ -12,24 +12,24 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from configs.mapping import first_difference, from_mapping, to_mapping
-from configs.schema import CheckpointConfig, ConfigError, RunConfig, ScheduleKind, StageConfig
-from train.distributed import Ranks, from_main, gather_objects, on_main
+from configs.schema import ConfigError, RunConfig, ScheduleKind, StageConfig
+from train.distributed import Ranks
 from train.engine import Engine
+from train.fragments import FragmentFolder
 from train.optim import learning_rate
-from train.run_dir import CHECKPOINTS, DISK_FULL, unwritable, write_atomically
+from train.run_dir import CHECKPOINTS
 from train.stages import place_of
 
 _NAME = re.compile(r"^step_(\d{8})$")
-_PARTIAL = ".partial"
+ENGINE = "engine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,104 +59,40 @@ class TrainingState:
         return place_of(self.run(), max(self.step - 1, 0)).stage
 
 
-def save(root: Path, engine: Engine, state: TrainingState, config: CheckpointConfig, ranks: Ranks) -> Path:
-    """Writes the checkpoint of `state.step`, then lets go of old ones. Every rank calls it.
-
-    Raises ConfigError where the disk is full: what was written is removed, the checkpoints before it stay as they were.
-    """
-    target, beside = root / f"step_{state.step:08d}", root / f"{_PARTIAL}_{state.step:08d}"
-    on_main(ranks, lambda: _make_room(root, beside))
-    try:
-        engine.save(beside)
-        torch.save({"torch": torch.get_rng_state()}, beside / f"rng_{ranks.rank:05d}.pt")
-        if ranks.is_main:
-            write_atomically(beside / "state.json", json.dumps(asdict(state), indent=2) + "\n")
-        files = _hash_files(beside, ranks)
-        if ranks.is_main:
-            write_atomically(beside / "manifest.json", json.dumps({"step": state.step, "files": files}, indent=2) + "\n")
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
-        reason = "the disk is full" if _is_full(root, error) else " ".join(str(error).split())
-        shutil.rmtree(beside, ignore_errors=True)
-        told = ConfigError(f"checkpoint of step {state.step} could not be written to {root}: {reason}; {_newest_text(root)}")
-        if not ranks.is_main:  # rank 0 may learn no more than that this one is gone
-            print(f"error: rank {ranks.rank}: {told}", file=sys.stderr, flush=True)
-        raise told from error
-    on_main(ranks, lambda: _publish(root, beside, target, config))  # nobody goes on before the checkpoint is whole
-    return target
+def rng_file(rank: int) -> str:
+    """Name of the file with a rank's random state."""
+    return f"rng_{rank:05d}.pt"
 
 
-def _publish(root: Path, beside: Path, target: Path, config: CheckpointConfig) -> None:
-    try:
-        beside.rename(target)
-        _sync_folder(root)
-        write_atomically(root / "latest", target.name + "\n")
-    except OSError as error:
-        raise unwritable(f"checkpoint {target}", error) from None
-    _forget_old(root, config)
-
-
-def _is_full(root: Path, error: Exception) -> bool:
-    return (isinstance(error, OSError) and error.errno in DISK_FULL) or shutil.disk_usage(root).free < 2**20
-
-
-def _make_room(root: Path, beside: Path) -> None:
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        for leftover in root.glob(f"{_PARTIAL}_*"):
-            shutil.rmtree(leftover)
-        beside.mkdir()
-    except OSError as error:
-        raise unwritable(f"checkpoint {root}", error) from None
-    newest = max(_steps(root), default=None)
-    needed = sum(file.stat().st_size for file in _files(root / f"step_{newest:08d}")) if newest is not None else 0
-    free = shutil.disk_usage(root).free
-    if free < needed:
-        beside.rmdir()
-        raise ConfigError(f"no room for a checkpoint in {root}: the last one takes {needed} bytes, {free} are free; {_newest_text(root)}")
-
-
-def _newest_text(root: Path) -> str:
-    newest = max(_steps(root), default=None)
-    return "there is no earlier checkpoint" if newest is None else f"step_{newest:08d} before it is whole"
-
-
-def _hash_files(folder: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
-    names = from_main([str(file.relative_to(folder)) for file in _files(folder)] if ranks.is_main else None)
-    mine = {name: _fingerprint(folder / name) for name in names[ranks.rank :: ranks.world_size]}
-    return {name: entry for part in gather_objects(mine) for name, entry in part.items()}
-
-
-def _files(folder: Path) -> list[Path]:
+def files_of(folder: Path) -> list[Path]:
+    """All files in a folder and those below it."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file, which is on the disk afterwards."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
     return {"bytes": path.stat().st_size, "blake2b": digest}
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Names that were changed in it are on the disk afterwards."""
     handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
 
-def _steps(root: Path) -> list[int]:
+def steps_of(root: Path) -> list[int]:
+    """The steps that have a checkpoint under `root`, ascending."""
     return sorted(int(match[1]) for path in root.glob("step_*") if (match := _NAME.match(path.name)))
-
-
-def _forget_old(root: Path, config: CheckpointConfig) -> None:
-    for step in _steps(root)[: -config.keep_last]:
-        if not (config.keep_every and step % config.keep_every == 0):
-            shutil.rmtree(root / f"step_{step:08d}")
 
 
 def set_aside(root: Path, *, after: int) -> None:
     """Renames the checkpoints of steps later than `after` to `damaged_step_…`: a run that goes on from `after` was refused
     them, and they would push whole ones out."""
-    for step in _steps(root):
+    for step in steps_of(root):
         if step > after:
             aside = root / f"damaged_step_{step:08d}"
             shutil.rmtree(aside, ignore_errors=True)
@@ -178,7 +114,7 @@ def verify(checkpoint: Path) -> None:
             raise ConfigError(f"{checkpoint}: is damaged: {name} is missing")
         if path.stat().st_size != size:
             raise ConfigError(f"{checkpoint}: is damaged: {name} has {path.stat().st_size} bytes instead of {size}")
-        if _fingerprint(path)["blake2b"] != digest:
+        if fingerprint(path)["blake2b"] != digest:
             raise ConfigError(f"{checkpoint}: is damaged: the checksum of {name} does not match")
 
 
@@ -187,7 +123,7 @@ def newest_valid(root: Path, say: Callable[[str], None]) -> Path | None:
 
     Raises ConfigError where there are checkpoints and all are damaged: to start anew over them would be a silent loss.
     """
-    found = [root / f"step_{step:08d}" for step in reversed(_steps(root))]
+    found = [root / f"step_{step:08d}" for step in reversed(steps_of(root))]
     for checkpoint in found:
         try:
             verify(checkpoint)
@@ -208,7 +144,7 @@ def choose(resume: str, root: Path, say: Callable[[str], None]) -> Path | None:
     path under `root` that later checkpoints follow (two histories in one folder), and for `never` over checkpoints.
     """
     if resume == "never":
-        if _steps(root):
+        if steps_of(root):
             raise ConfigError(f"resume=never: {root} holds checkpoints; choose another run_dir, or resume=auto to go on")
         return None
     if resume == "auto":
@@ -248,7 +184,7 @@ def resolve(path: str, say: Callable[[str], None]) -> Path:
 
 def _offer(damaged: Path) -> str:
     match = _NAME.match(damaged.name)
-    for step in reversed(_steps(damaged.parent)):
+    for step in reversed(steps_of(damaged.parent)):
         candidate = damaged.parent / f"step_{step:08d}"
         if match and step < int(match[1]):
             try:
@@ -267,16 +203,12 @@ def read_state(checkpoint: Path) -> TrainingState:
         raise ConfigError(f"{checkpoint / 'state.json'}: is of another version of this program ({error})") from None
 
 
-def check_fits(state: TrainingState, run: RunConfig, *, tokenizer_hash: str, ranks: Ranks) -> None:
-    """Raises ConfigError where the run cannot go on from a checkpoint: another model, tokenizer, ZeRO stage, number of ranks or
-    grouping of parameters, or other stages before its step than those it went through."""
+def check_fits(state: TrainingState, run: RunConfig, *, tokenizer_hash: str) -> None:
+    """Raises ConfigError where the run cannot go on from a checkpoint: another model or tokenizer, or other stages before its step
+    than those it went through. ZeRO stage, precision and number of ranks may be others."""
     before = state.run()
     differences = [
         ("model", to_mapping(before.model), to_mapping(run.model)),
-        ("parallel.zero_stage", before.parallel.zero_stage, run.parallel.zero_stage),
-        ("parallel.precision", before.parallel.precision.value, run.parallel.precision.value),
-        ("optim.no_decay", sorted(before.optim.no_decay), sorted(run.optim.no_decay)),
-        ("the number of ranks", state.world_size, ranks.world_size),
         ("the tokenizer's hash", state.tokenizer_hash, tokenizer_hash),
     ]
     for key, old, new in differences:
@@ -313,7 +245,23 @@ def _check_decay(state: TrainingState, before: RunConfig, run: RunConfig) -> Non
         )
 
 
-def restore(checkpoint: Path, engine: Engine, ranks: Ranks) -> None:
-    """Loads weights, optimizer and this rank's random state; check layout and model against `read_state` first."""
-    engine.load(checkpoint)
-    torch.set_rng_state(torch.load(checkpoint / f"rng_{ranks.rank:05d}.pt", weights_only=True)["torch"])
+def describe_change(state: TrainingState, run: RunConfig, world_size: int) -> str | None:
+    """How a run is laid out otherwise than the one that saved `state`; None where it is not."""
+    old, new = (_layout(each, ranks) for each, ranks in ((state.run(), state.world_size), (run, world_size)))
+    return None if old == new else f"the checkpoint of step {state.step} was saved by {old}; going on with {new}"
+
+
+def _layout(run: RunConfig, world_size: int) -> str:
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    return f"{ranks} at ZeRO {run.parallel.zero_stage} in {run.parallel.precision.value}"
+
+
+def restore(checkpoint: Path, state: TrainingState, engine: Engine, ranks: Ranks) -> None:
+    """Loads weights, moments and this rank's random state, where it was a rank then; check the model against `state` first.
+
+    Raises ConfigError where an earlier version of this program has saved them.
+    """
+    engine.load(FragmentFolder(checkpoint / ENGINE), updates=state.step - state.skipped)
+    own = checkpoint / rng_file(ranks.rank)
+    if own.is_file():
+        torch.set_rng_state(torch.load(own, weights_only=True)["torch"])

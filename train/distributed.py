@@ -1,4 +1,4 @@
-"""Ranks: who we are among the processes of a launch, and the few collectives the trainer needs (torch.distributed only)."""
+"""Ranks: who we are among the processes of a launch, who shares rows, and the few collectives that the trainer needs."""
 
 import atexit
 import contextlib
@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 from configs.schema import ConfigError, Device
+from model.sequence_parallel import SequenceParallel
+from model.transformer import Transformer
 
 T = TypeVar("T")
 _LAUNCHED_WITH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -63,6 +65,13 @@ def find_ranks(wanted: Device) -> Ranks:
     return Ranks(rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), device=device)
 
 
+def share_rows(model: Transformer, degree: int) -> None:
+    """From now on each `degree` consecutive ranks are fed the same rows and share their tokens; 1: none does. Every rank calls it."""
+    if degree > 1:
+        group, _ = dist.new_subgroups(degree)
+        model.sequence_parallel = SequenceParallel(group, model.config)
+
+
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     """Element-wise sum over ranks, in fp64 so that the order of ranks is lost in rounding."""
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
@@ -70,26 +79,29 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     return tensor.tolist()
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """The value of every rank, on every rank, in rank order."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """The value of every rank, on every rank, in rank order; over the default group, or one of all ranks for another thread."""
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 
-def from_main(value: Any) -> Any:
+def from_main(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     """Rank 0's value, on every rank."""
     holder = [value]
-    dist.broadcast_object_list(holder, src=0)
+    dist.broadcast_object_list(holder, src=0, group=group)
     return holder[0]
 
 
-def on_main(ranks: Ranks, work: Callable[[], T]) -> T:
+def on_main(ranks: Ranks, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Runs `work` on rank 0 alone and gives its result to all.
 
     Whatever fails there ends every rank: a ConfigError is raised on all of them, since it is the user's and one line tells it;
-    of any other exception the others learn the text (RuntimeError), so that none waits for a rank that is gone.
+    of any other exception the others learn the text (RuntimeError), so that none waits for a rank that is gone. A rank that is alone
+    needs no process group.
     """
+    if ranks.world_size == 1:
+        return work()
     result: Any = None
     failure: Exception | None = None
     if ranks.is_main:
@@ -98,7 +110,7 @@ def on_main(ranks: Ranks, work: Callable[[], T]) -> T:
         except Exception as error:
             failure = error
     shared = failure if failure is None or isinstance(failure, ConfigError) else RuntimeError(f"rank 0 failed: {failure!r}")
-    result, told = from_main((result, shared))
+    result, told = from_main((result, shared), group)
     if told is not None:
         raise failure or told
     return result

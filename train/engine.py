@@ -5,26 +5,26 @@ is reported at every stage, and clipping is what our config says (DeepSpeed's ow
 """
 
 import contextlib
-import io
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from configs.schema import ConfigError, OptimConfig, ParallelConfig, Precision
+from configs.schema import CompileMode, ConfigError, OptimConfig, ParallelConfig, Precision
 from data.loader import Batch
-from model.transformer import Transformer
-from train.distributed import Ranks
+from model.compiled import compile_layers, graphs_compiled
+from model.transformer import Block, Transformer
+from train.distributed import Ranks, share_rows
+from train.fragments import Fragment, FragmentFolder
 from train.optim import build_optimizer
+from train.sharding import fragments, load_fragments
 
-_TAG = "engine"
 _BUCKET = 500_000_000  # elements; DeepSpeed's own default, allocated whole, so a small model must ask for less
 
 
@@ -93,14 +93,26 @@ class StepResult:
 
 
 class Engine:
-    """A model and its optimizer under DeepSpeed: micro-steps, one optimizer step, save and load."""
+    """A model and its optimizer under DeepSpeed: micro-steps, one optimizer step, its state.
+
+    DeepSpeed is not told of sequence parallelism: to it all ranks are data-parallel ones, over which it averages gradients and shards
+    states at every ZeRO stage alike. Told of a sequence group, it would sum over it at stages 0 to 2 and average at stage 3.
+    """
 
     def __init__(self, model: Transformer, *, parallel: ParallelConfig, optim: OptimConfig, ranks: Ranks) -> None:
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self._ranks = ranks
         self._stage = parallel.zero_stage
         self._clip_norm = optim.clip_norm
-        self._engine, self._optimizer, _, _ = _deepspeed(ranks.device).initialize(
+        share_rows(model, parallel.sequence_parallel)
+        on_gpu = ranks.device.type == "cuda"
+        self._is_compiled = parallel.compile is CompileMode.ALWAYS or (parallel.compile is CompileMode.AUTO and on_gpu)
+        package = _deepspeed(ranks.device)
+        if self._is_compiled:
+            compile_layers(model)
+            if parallel.zero_stage == 3:  # a layer's weights are gathered at once: by its linear maps' hooks it would be inside the graphs
+                package.utils.set_z3_leaf_modules(model, [Block])
+        self._engine, self._optimizer, _, _ = package.initialize(
             model=model,
             optimizer=build_optimizer(model, optim),
             config=deepspeed_config(parallel, optim, num_parameters),
@@ -114,7 +126,7 @@ class Engine:
 
     def micro_step(self, batch: Batch, *, weight: float, last: bool) -> torch.Tensor:
         """Forward and backward of `weight` × the summed loss of one micro-batch; returns the summed loss,
-        fp32 on the device, so that nothing waits for it here.
+        fp32 on the device, so that nothing waits for it here. Ranks that share rows give the same batch; the loss is of their own tokens.
 
         `last` marks the micro-batch before the optimizer step. DeepSpeed averages gradients over ranks and never over
         accumulation here, so `weight = world_size / targets of the whole step` gives the mean over all its targets.
@@ -127,8 +139,12 @@ class Engine:
 
     @torch.no_grad()
     def losses(self, batch: Batch) -> torch.Tensor:
-        """Per-token losses [rows * seq_len], fp32, without a backward pass."""
+        """Losses of this rank's tokens [rows * seq_len / sequence_parallel], fp32, without a backward pass."""
         return self._engine(batch.tokens.flatten(), batch.positions.flatten(), batch.cu_seqlens, batch.labels.flatten())
+
+    def graphs_compiled(self) -> int:
+        """Graphs of torch.compile so far, on this rank; each new one held up a step."""
+        return graphs_compiled() if self._is_compiled else 0
 
     def step(self, lr: float) -> StepResult:
         """The optimizer step at this learning rate. A non-finite gradient leaves weights and moments as they were."""
@@ -152,25 +168,13 @@ class Engine:
         self._engine.step()
         return StepResult(grad_norm=float(norm), skipped=skipped)
 
-    def save(self, directory: Path) -> None:
-        """Writes weights and optimizer state under `directory`, every rank its part; returns when all ranks have."""
-        self._engine.save_checkpoint(str(directory), tag=_TAG, client_state={}, save_latest=False)
+    def fragments(self) -> list[Fragment]:
+        """This rank's share of the fp32 weights and of Adam's moments: views, which the next step changes."""
+        return fragments(self.module, self._optimizer, zero_stage=self._stage)
 
-    def load(self, directory: Path) -> None:
-        """Restores what `save` wrote, at the same ZeRO stage and number of ranks; the optimizer's settings stay those of its config."""
-        settings = [{key: value for key, value in group.items() if key != "params"} for group in self._optimizer.param_groups]
-        path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG)
-        assert path is not None, f"DeepSpeed found nothing to load in {directory}"
-        for group, own in zip(self._optimizer.param_groups, settings, strict=True):
-            group.update(own)
+    def load(self, saved: FragmentFolder, *, updates: int) -> None:
+        """Takes weights and moments that any layout has saved after `updates` steps that were not skipped; every rank calls it.
 
-
-def load_weights(directory: Path, *, zero_stage: int) -> dict[str, torch.Tensor]:
-    """Parameters that `Engine.save` wrote at any ZeRO stage and number of ranks: whole, fp32, on the CPU, by name."""
-    if zero_stage == 0:
-        return torch.load(directory / _TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
-    _deepspeed(torch.device("cpu"))
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=_TAG)
+        The optimizer's settings stay those of its config. Raises ConfigError where something lacks.
+        """
+        load_fragments(self.module, self._optimizer, saved, zero_stage=self._stage, updates=updates)

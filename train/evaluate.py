@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from configs.layers import LayerAttention
 from configs.schema import ConfigError, DataConfig, EvaluateConfig, RopeScaling, RunConfig, StageConfig, StretchConfig
@@ -23,10 +25,28 @@ Advance = Callable[[int], None]
 PASS_TOKENS = 8192
 
 
-def heldout_loss(engine: Engine, batches: Sequence[Batch], ranks: Ranks) -> float:
-    """Mean loss in nats over the held-out rows' targets, over all ranks; every rank holds equally many `batches`."""
-    total = sum(float(engine.losses(batch.to(ranks.device)).double().sum()) for batch in batches)
-    return sum_over_ranks([total], ranks.device)[0] / batches[0].step_targets
+def heldout_losses(engine: Engine, batches: Sequence[Batch], ranks: Ranks, *, bucket: int) -> tuple[float, dict[int, float]]:
+    """Mean loss in nats over the held-out rows' targets on all ranks, which hold equally many `batches` each; and by position.
+
+    A token's position is how many of its document's come before it in its row; positions [low, low + bucket) are under `low`, where
+    there are any.
+    """
+    num_buckets = -(-batches[0].tokens.shape[1] // bucket)
+    nats, targets = torch.zeros(2, num_buckets, dtype=torch.float64, device=ranks.device)
+    for batch in batches:
+        batch = batch.to(ranks.device)
+        labels, positions = batch.labels.flatten(), batch.positions.flatten()
+        if sharing := engine.module.sequence_parallel:
+            labels, positions = sharing.own_tokens(labels), sharing.own_tokens(positions)
+        counted = labels != IGNORE
+        number = positions[counted] // bucket
+        losses = engine.losses(batch)[counted].double()
+        nats += torch.bincount(number, losses, num_buckets)
+        targets += torch.bincount(number, minlength=num_buckets)
+    summed = sum_over_ranks([*nats.tolist(), *targets.tolist()], ranks.device)
+    pairs = list(zip(summed[:num_buckets], summed[num_buckets:], strict=True))
+    by_position = {index * bucket: loss / count for index, (loss, count) in enumerate(pairs) if count}
+    return sum(loss for loss, _ in pairs) / batches[0].step_targets, by_position
 
 
 AttentionSettings = dict[str, tuple[LayerAttention, ...]]
@@ -312,11 +332,23 @@ def document_losses(
             torch.from_numpy(np.concatenate(part)).to(device)
             for part in ([tokens[place] for place in places], [np.arange(len(place)) for place in places], labels)
         )
-        found = model(fed, positions, torch.from_numpy(bounds.astype(np.int32)), targets).double().cpu().numpy()
+        found = _all_losses(model, fed, positions, torch.from_numpy(bounds.astype(np.int32)), targets).double().cpu().numpy()
         for window, low, high in zip(group, bounds, bounds[1:]):
             losses[window.first - 1 : window.stop] = found[low:high][window.first - 1 - window.start :]
         advance(group[-1].stop - group[0].first + 1)
     return losses
+
+
+def _all_losses(model: Transformer, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, labels: Tensor) -> Tensor:
+    """fp32 losses [N] of all tokens, on every rank where ranks share them; a document of padding makes their number divide."""
+    ranks = model.sequence_parallel
+    if ranks is None:
+        return model(tokens, positions, cu_seqlens, labels)
+    num_tokens, spare = len(tokens), -len(tokens) % ranks.degree
+    if spare:
+        tokens, positions, labels = (pad(part, (0, spare)) for part in (tokens, positions, labels))
+        cu_seqlens = pad(cu_seqlens, (0, 1), value=num_tokens + spare)
+    return ranks.all_tokens(model(tokens, positions, cu_seqlens, labels))[:num_tokens]
 
 
 def _grouped(items: Iterable[Window], size: int) -> Iterator[list[Window]]:

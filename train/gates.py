@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from data.loader import Batch
 from model.ops.moba import GATE_STATISTICS, GateStatistics, gate_statistics
@@ -18,7 +19,10 @@ GateFigures = dict[str, list[list[float] | None]]
 
 
 def heldout_gates(engine: Engine, batches: Sequence[Batch], ranks: Ranks, num_queries: int) -> GateFigures:
-    """Of the held-out rows, over all ranks; every rank holds equally many `batches`, and samples `num_queries` of each."""
+    """Of the held-out rows, over all ranks; every rank holds equally many `batches`, and samples `num_queries` of each.
+
+    Ranks that share rows hold the same ones, and sample the same queries.
+    """
     model, found = engine.module, _nothing(engine.module)
     for batch in batches:
         counts = batch.num_targets > 0  # otherwise a row that is there for its shape alone
@@ -51,10 +55,21 @@ def _adding(found: list[GateStatistics], model: Transformer, num_queries: int) -
         if attention.kind == "moba":
             sizes = {"block_size": attention.block_size, "topk": attention.topk, "num_queries": num_queries}
             more = gate_statistics(q, k, cu_seqlens=cu_seqlens, **sizes)
-            found[layer] += GateStatistics(sums=more.sums.cpu(), counts=more.counts.cpu())
+            found[layer] += _share(model, GateStatistics(sums=more.sums.cpu(), counts=more.counts.cpu()))
 
     with model.observed(add):
         yield
+
+
+def _share(model: Transformer, found: GateStatistics) -> GateStatistics:
+    """Of what a layer's heads on this rank have found, the share in the sum over all ranks: its columns, and its part of the counts,
+    which the ranks that share a row have in common."""
+    ranks = model.sequence_parallel
+    if ranks is None:
+        return found
+    num_heads = found.sums.shape[1]
+    before, after = ranks.rank * num_heads, (ranks.degree - 1 - ranks.rank) * num_heads
+    return GateStatistics(sums=pad(found.sums, (before, after)), counts=found.counts / ranks.degree)
 
 
 def _over_ranks(found: GateStatistics, ranks: Ranks) -> GateStatistics:

@@ -14,9 +14,9 @@ from data.shards import Corpus
 from data.tokenizer import copy_tokenizer, tokenizer_hashes
 from model.hf import parameter_shapes
 from model.transformer import Transformer
-from train.checkpoint import TrainingState, read_state, resolve
+from train.checkpoint import ENGINE, TrainingState, read_state, resolve
 from train.distributed import gather_objects
-from train.engine import load_weights
+from train.fragments import FragmentFolder
 from train.run_dir import TOKENIZER, unwritable
 from train.weights import Shape, WeightFolder, check_shapes, fill
 
@@ -72,15 +72,14 @@ def open_source(path: str) -> Source:
 def _open_checkpoint(folder: Path) -> Source:
     state = read_state(folder)
     run = state.run()
-    names = parameter_shapes(run.model)
-    weights = {name: tensor for name, tensor in load_weights(folder, zero_stage=run.parallel.zero_stage).items() if name in names}
+    saved = FragmentFolder(folder / ENGINE)
     places = (folder.parent.parent / TOKENIZER, Path(run.data.prepared_dir))
     return Source(
         folder=folder,
         described=describe(str(folder)),
-        shapes={name: tuple(tensor.shape) for name, tensor in weights.items()},
-        dtypes=dict.fromkeys(weights, "F32"),
-        read=weights.__getitem__,
+        shapes=saved.shapes,
+        dtypes=dict.fromkeys(saved.shapes, "F32"),
+        read=saved.weight,
         tokenizer=next((place for place in places if state.tokenizer_hash in tokenizer_hashes(place)), None),
         tokenizer_hashes=[state.tokenizer_hash],
     )
@@ -120,7 +119,8 @@ def load_into(model: Transformer, folder: Path) -> None:
         source = open_source(str(folder))
         fill(model, source.shapes, source.read)
     else:
-        model.load_state_dict(load_weights(folder, zero_stage=read_state(folder).run().parallel.zero_stage))
+        saved = FragmentFolder(folder / ENGINE)
+        fill(model, saved.shapes, saved.weight)
 
 
 def begin_from(run: RunConfig, model: Transformer, corpus: Corpus) -> None:

@@ -1,4 +1,4 @@
-"""What a run will cost, before anything is allocated: steps, FLOPs, time and memory of each stage."""
+"""What a run will cost, before anything is allocated: steps, FLOPs, time, memory and communication of each stage."""
 
 import math
 from collections.abc import Sequence
@@ -9,25 +9,25 @@ import torch
 
 from configs.checks import check_run, check_vocabulary
 from configs.layers import LayerAttention
-from configs.schema import AttentionBackend, ConfigError, ParallelConfig, PlanConfig, Precision, RunConfig, StageConfig
+from configs.schema import ConfigError, ParallelConfig, PlanConfig, Precision, RunConfig, StageConfig
 from data.manifest import FILE_NAME
 from data.mix import MixReport, report
 from data.shards import Corpus
-from model.accounting import TrainingFlops, parameter_counts, training_flops
-from model.memory import PassBytes, effective, pass_bytes, reach
-from model.ops.moba.triton.limits import HEAD_DIMS
+from model.accounting import TrainingFlops, exchange_bytes, parameter_counts, training_flops
+from model.memory import PassBytes, effective, reach
 from model.transformer import Transformer
 from train import checkpoint
 from train.crossover import Crossover, crossover
-from train.distributed import Ranks
 from train.engine import deepspeed_config
 from train.gpus import GPUS
 from train.initial import open_initial
+from train.memory import itemsize, stage_bytes
 from train.optim import build_optimizer
+from train.traffic import GATHERED, Exchange, Traffic, exchange, traffic
 from train.trainer import check_heldout, check_mixes
 
-# ZeRO-3 keeps what it has gathered up to this many elements (`max_live_parameters` and `max_reuse_distance` of DeepSpeed 0.19).
-_GATHERED = 1_000_000_000
+# The next rules for activations.
+_KEEPS_LESS = {"none": ("selective", "full"), "selective": ("full",), "full": ("offload",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def state_bytes(parallel: ParallelConfig, *, num_parameters: int, world_size: in
     gradients = math.ceil(4 * shard) + bucket
     if parallel.zero_stage == 2:
         return StateBytes(weights=item * whole, gradients=gradients, optimizer=optimizer)
-    gathered = item * min(whole, _GATHERED) if world_size > 1 else 0
+    gathered = item * min(whole, GATHERED) if world_size > 1 else 0
     return StateBytes(weights=math.ceil(item * shard) + gathered, gradients=gradients, optimizer=optimizer)
 
 
@@ -70,11 +70,6 @@ def reduce_bucket(parallel: ParallelConfig, num_parameters: int) -> int:
     return int(optimization["reduce_bucket_size"])
 
 
-def itemsize(parallel: ParallelConfig) -> int:
-    """Bytes of a weight or an activation in the forward pass."""
-    return 2 if parallel.precision is Precision.BF16 else 4
-
-
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
     """One stage; FLOPs and seconds are of one optimizer step."""
@@ -82,14 +77,17 @@ class StagePlan:
     stage: StageConfig
     attention: tuple[LayerAttention, ...]
     micro_batch_rows: int
-    """Rows in one forward pass of a rank."""
+    """Rows in one forward pass of a rank, or of the ranks that share them."""
     micro_batches: int
     """Forward passes of a rank in a step."""
     flops: TrainingFlops
     """On all ranks."""
     seconds: float
+    """Of computing."""
     states: StateBytes
     held: PassBytes
+    sent: Traffic
+    exchange: Exchange
 
     @property
     def tokens(self) -> int:
@@ -154,8 +152,7 @@ def check_plan(config: PlanConfig) -> list[str]:
     check_heldout(config, corpus)
     if config.resume not in ("auto", "never"):
         state = checkpoint.read_state(checkpoint.resolve(config.resume, lambda text: None))
-        ranks = Ranks(rank=0, world_size=config.num_gpus, device=torch.device("cpu"))
-        checkpoint.check_fits(state, config, tokenizer_hash=corpus.tokenizer_hash, ranks=ranks)
+        checkpoint.check_fits(state, config, tokenizer_hash=corpus.tokenizer_hash)
     return notes
 
 
@@ -171,43 +168,28 @@ def _mixes(config: PlanConfig, stages: Sequence[StagePlan]) -> tuple[MixReport, 
 def _plan_stage(config: PlanConfig, stage: StageConfig) -> StagePlan:
     attention = stage.attention.per_layer(config.model.num_layers)
     micro_batch_rows = config.micro_batch_rows(stage, config.num_gpus)
-    micro_batches = stage.rows // (config.num_gpus * micro_batch_rows)
+    micro_batches = stage.rows // (config.parallel.data_parallel(config.num_gpus) * micro_batch_rows)
     flops = training_flops(config.model, attention, [stage.seq_len] * stage.rows)
+    seconds = flops.executed / (config.num_gpus * GPUS[config.gpu].peak_flops * config.mfu)
+    num_parameters = parameter_counts(config.model).total
+    sent = traffic(config.parallel, num_parameters=num_parameters, world_size=config.num_gpus, micro_batches=micro_batches)
     return StagePlan(
         stage=stage,
         attention=attention,
         micro_batch_rows=micro_batch_rows,
         micro_batches=micro_batches,
         flops=flops,
-        seconds=flops.executed / (config.num_gpus * GPUS[config.gpu].peak_flops * config.mfu),
+        seconds=seconds,
         states=state_bytes(
             config.parallel,
-            num_parameters=parameter_counts(config.model).total,
+            num_parameters=num_parameters,
             world_size=config.num_gpus,
             accumulates=micro_batches > 1,
         ),
-        held=micro_batch_bytes(config, stage, attention, gpu=True),
+        held=stage_bytes(config, stage, world_size=config.num_gpus, gpu=True),
+        sent=sent,
+        exchange=exchange(config, sent, computing=seconds),
     )
-
-
-def micro_batch_bytes(config: PlanConfig, stage: StageConfig, attention: Sequence[LayerAttention], *, gpu: bool) -> PassBytes:
-    """What one micro-batch of a stage holds on one rank, in a model whose layers have `attention`."""
-    return pass_bytes(
-        config.model,
-        attention,
-        rows=config.micro_batch_rows(stage, config.num_gpus),
-        seq_len=stage.seq_len,
-        itemsize=itemsize(config.parallel),
-        gpu=gpu,
-        triton_workspace=stage.attention.workspace if gpu and _triton_serves(config, stage, attention) else 0,
-    )
-
-
-def _triton_serves(config: RunConfig, stage: StageConfig, attention: Sequence[LayerAttention]) -> bool:
-    """Whether `backend` comes to Triton on a GPU: what `model.ops.moba.triton.limits` refuses, `auto` gives to torch."""
-    chosen = stage.attention.backend in (AttentionBackend.AUTO, AttentionBackend.TRITON)
-    fits = config.model.head_dim in HEAD_DIMS and config.parallel.precision is Precision.BF16
-    return chosen and fits and all(kind.block_size % 64 == 0 for kind in attention if kind.kind == "moba")
 
 
 def _stage_notes(config: PlanConfig, plan: StagePlan, index: int) -> list[str]:
@@ -219,25 +201,36 @@ def _stage_notes(config: PlanConfig, plan: StagePlan, index: int) -> list[str]:
                 f"{plan.stage.seq_len} have no more: it is full attention there, and computed as such; longer rows or smaller numbers "
                 "make it sparse"
             )
+    if (degree := config.parallel.sequence_parallel) > 1:
+        tokens = plan.micro_batch_rows * plan.stage.seq_len // degree
+        sent = exchange_bytes(config.model, tokens=tokens, degree=degree, itemsize=itemsize(config.parallel))
+        step = sent * config.model.num_layers * plan.micro_batches
+        notes.append(
+            f"stages.{index}: {degree} ranks share a row; each sends the others {sent / 1e6:,.0f} MB a layer and micro-batch, "
+            f"{step / 1e9:,.1f} GB a step, which the time leaves out"
+        )
     memory = GPUS[config.gpu].memory
     if plan.memory > memory:
         parts = {
             "weights": (plan.states.weights, "ZeRO 3 or more GPUs"),
             "gradients": (plan.states.gradients, "ZeRO 2 or 3"),
             "optimizer": (plan.states.optimizer, "ZeRO 1 or higher, or more GPUs"),
-            "activations": (plan.held.activations, _fewer_rows(config, plan)),
-            "logits": (plan.held.logits, _fewer_rows(config, plan)),
+            "activations": (plan.held.activations, _smaller(config, plan, *_KEEPS_LESS.get(plan.stage.activation.rule, ()))),
+            "a layer's backward pass": (plan.held.workspace, _smaller(config, plan)),
+            "logits": (plan.held.logits, _smaller(config, plan)),
         }
         largest, (size, remedy) = max(parts.items(), key=lambda part: part[1][0])
         notes.append(
             f"stages.{index}: needs {plan.memory / 1e9:,.0f} GB a GPU, {config.gpu} has {memory / 1e9:.0f} GB; "
-            f"most of it are {largest}, {size / 1e9:,.0f} GB: {remedy}"
+            f"most of it {'is' if largest.startswith('a ') else 'are'} {largest}, {size / 1e9:,.0f} GB: {remedy}"
         )
     return notes
 
 
-def _fewer_rows(config: PlanConfig, plan: StagePlan) -> str:
+def _smaller(config: PlanConfig, plan: StagePlan, *keeping: str) -> str:
+    """What makes a micro-batch smaller; `keeping` are rules for activations that keep less."""
     bf16 = [] if config.parallel.precision is Precision.BF16 else ["parallel.precision=bf16"]
     key = "micro_batch_tokens" if config.parallel.micro_batch_tokens else "micro_batch_rows"
     rows = [f"a lower parallel.{key}"] if plan.micro_batch_rows > 1 else []
-    return " or ".join([*bf16, *rows, "shorter rows"])
+    shared = ["a higher parallel.sequence_parallel"] if config.num_gpus > config.parallel.sequence_parallel else []
+    return " or ".join([*bf16, *(f"activation.rule={rule}" for rule in keeping), *rows, *shared, "shorter rows"])

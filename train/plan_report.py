@@ -15,7 +15,7 @@ from train.report import table
 
 
 def markdown(plan: Plan, measured: tuple[str, Sequence[StageFigures]] | None = None) -> str:
-    """The report: stages, cost, memory, crossovers, notes, and what was measured where it was."""
+    """The report: stages, cost, memory, communication, crossovers, notes, and what was measured where it was."""
     config, counts = plan.config, parameter_counts(plan.config.model)
     zero, precision = config.parallel.zero_stage, config.parallel.precision.value
     head = (
@@ -26,6 +26,8 @@ def markdown(plan: Plan, measured: tuple[str, Sequence[StageFigures]] | None = N
         "Rows are reckoned as one document each, the most that they can cost."
     )
     parts = [head, _stages(plan), _cost(plan), _memory(plan)]
+    if config.num_gpus > 1:
+        parts.append(_communication(plan))
     if plan.mixes:
         parts.append(_documents(plan))
     if plan.crossovers:
@@ -67,7 +69,7 @@ def describe_rope(rope: RopeConfig) -> str:
 
 def _stages(plan: Plan) -> str:
     return table(
-        ["stage", "context", "tokens", "steps", "tokens a step", "micro-batches a rank", "attention of the layers", "RoPE"],
+        ["stage", "context", "tokens", "steps", "tokens a step", "micro-batches a rank", "attention of the layers", "activations", "RoPE"],
         [
             [
                 stage.stage.name,
@@ -77,6 +79,7 @@ def _stages(plan: Plan) -> str:
                 _short(stage.stage.batch_tokens),
                 f"{stage.micro_batches} × {stage.micro_batch_rows} rows",
                 describe_layers(stage.attention),
+                stage.stage.activation.rule,
                 describe_rope(stage.stage.rope),
             ]
             for stage in plan.stages
@@ -105,9 +108,11 @@ def _cost(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> str:
     columns = ["weights", "gradients", "optimizer", "activations", "logits", "a layer's backward", "gate and slots", "at the peak"]
-    return table(["GB a GPU", *columns, f"of {plan.config.gpu}"], [_memory_row(plan, stage) for stage in plan.stages]) + (
-        "\n\nThe peak has the larger of logits and a layer's backward, of which one is over when the other begins. Gate and slots of MoBA "
-        "are part of the latter, before what the FFN has let go of is taken off. The CUDA context and fragmentation come on top."
+    columns += [f"of {plan.config.gpu}", "in host memory"]
+    return table(["GB a GPU", *columns], [_memory_row(plan, stage) for stage in plan.stages]) + (
+        "\n\nThe peak has the larger of logits and a layer's backward, of which one is over when the other begins. The latter has what is "
+        "computed again, and gate and slots of MoBA, before what the FFN has let go of is taken off. The CUDA context and fragmentation "
+        "come on top; torch.compile saves less."
     )
 
 
@@ -115,7 +120,27 @@ def _memory_row(plan: Plan, stage: StagePlan) -> list[str]:
     held, states = stage.held, stage.states
     parts = [states.weights, states.gradients, states.optimizer, held.activations, held.logits, held.workspace, held.gate_and_slots]
     share = stage.memory / GPUS[plan.config.gpu].memory
-    return [stage.stage.name, *(_gb(part) for part in parts), _gb(stage.memory), f"{share:.0%}"]
+    return [stage.stage.name, *(_gb(part) for part in parts), _gb(stage.memory), f"{share:.0%}", _gb(held.host)]
+
+
+def _communication(plan: Plan) -> str:
+    config, gpu = plan.config, GPUS[plan.config.gpu]
+    rows = []
+    for stage in plan.stages:
+        sent, times = stage.sent, stage.exchange
+        sizes = [_gb(part) for part in (sent.gradients, sent.weights, sent.total)]
+        seconds = [_digits(part) for part in (times.inside, times.between, times.exposed, stage.seconds + times.exposed)]
+        rows.append([stage.stage.name, *sizes, *seconds])
+    columns = ["gradients", "weights", "together", "s inside a node", "s between nodes", "s exposed", "s a step with it"]
+    overlap = (
+        "alongside computing, and what computing does not cover is exposed" if config.parallel.zero_stage == 3 else "all of it exposed"
+    )
+    network = config.network or gpu.network / 1e9
+    links = f"{gpu.link / 1e9:g} GB/s a GPU inside a node of {config.gpus_per_node} and {network:g} GB/s a GPU between nodes"
+    return table(["GB sent a GPU and step", *columns], rows) + (
+        f"\n\nRings over all GPUs at {links}, one way, without latency; the slower of both counts, {overlap}. "
+        "Where mfu is of a run on as many nodes, it is in there already."
+    )
 
 
 def _documents(plan: Plan) -> str:
@@ -140,7 +165,10 @@ def _crossovers(plan: Plan) -> str:
 def _measured(plan: Plan, device: str, figures: Sequence[StageFigures]) -> str:
     rows = []
     for stage, found in zip(plan.stages, figures, strict=True):
-        layers = ", ".join(f"{kind} {_digits(1e3 * layer.seconds)} ms" for kind, layer in found.layers.items())
+        layers = ", ".join(
+            f"{kind}{f', {kept}' if kept != 'none' else ''} {_digits(1e3 * layer.seconds)} ms"
+            for (kind, kept), layer in found.layers.items()
+        )
         rows.append(
             [
                 stage.stage.name,

@@ -5,18 +5,20 @@ import time
 import torch
 
 from configs.mapping import to_mapping
-from configs.schema import ConfigError, RunConfig, StageConfig
+from configs.schema import ConfigError, Precision, RunConfig, StageConfig
 from data.loader import PADDING, Batch, build_loader, heldout_rows, require_documents
 from data.mix import MixedStream
 from data.shards import Corpus
 from model.accounting import training_flops
+from model.ops.loss import refusal
 from model.transformer import Transformer
 from train.checkpoint import TrainingState
 from train.distributed import Ranks, gather_objects, sum_over_ranks
 from train.engine import Engine
-from train.evaluate import heldout_loss
+from train.evaluate import heldout_losses
 from train.gates import by_layer, heldout_gates
 from train.gpus import peak_flops
+from train.memory import check_host_memory, stage_bytes
 from train.metrics import Metrics, memory_gib
 from train.optim import learning_rate
 from train.run_dir import git_state
@@ -32,19 +34,23 @@ class Trainer:
         self.skipped = state.skipped if state else 0
         self.skipped_in_a_row = state.skipped_in_a_row if state else 0
         self._stream_state = state.stream if state else None
+        self._graphs = 0  # compiled so far
         self._enter(place_of(run, max(self.done - 1, 0)).stage)  # of the last finished step: a switch is still ahead
 
     def _enter(self, stage: StageConfig) -> None:
         """Sets model and stream to a stage; weights, optimizer and the place in the corpus stay."""
         enter_stage(self.engine.module, self.run, stage)
         self.stage = stage
+        # Ranks that share rows are one to the data.
+        parallel = self.run.parallel
+        group, groups = self.ranks.rank // parallel.sequence_parallel, parallel.data_parallel(self.ranks.world_size)
         self.loader = build_loader(
             self.corpus,
             seq_len=stage.seq_len,
             rows_per_step=stage.rows,
             micro_batch_rows=self.run.micro_batch_rows(stage, self.ranks.world_size),
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
+            rank=group,
+            world_size=groups,
             seed=self.run.seed,
             mix=stage.mix,
             run_mixes=[other.mix for other in self.run.stages],
@@ -52,9 +58,7 @@ class Trainer:
         )
         self._heldout: list[Batch] = []
         if self.run.evaluation.rows:
-            self._heldout = heldout_rows(
-                self.corpus, seq_len=stage.seq_len, rows=self.run.evaluation.rows, rank=self.ranks.rank, world_size=self.ranks.world_size
-            )
+            self._heldout = heldout_rows(self.corpus, seq_len=stage.seq_len, rows=self.run.evaluation.rows, rank=group, world_size=groups)
 
     def step(self, metrics: Metrics) -> None:
         """One optimizer step and its line of metrics; a step with a non-finite loss or gradient is skipped and named."""
@@ -73,16 +77,17 @@ class Trainer:
 
         flops = training_flops(self.run.model, self.engine.module.attention, _piece_lengths(batches))
         counts = self.loader.count(batches)
-        loss, dense, executed, *counted = sum_over_ranks(
-            [float(sum(losses)), flops.dense_equivalent, flops.executed, *counts.values()], self.ranks.device
-        )
+        loss, *of_rows = sum_over_ranks([float(sum(losses)), flops.dense_equivalent, flops.executed, *counts.values()], self.ranks.device)
         loss /= batches[0].step_targets
+        # A loss is of a rank's own tokens; the others are of whole rows, which each of the ranks that share them has counted.
+        dense, executed, *counted = (value / self.run.parallel.sequence_parallel for value in of_rows)
         self.done += 1
         self._stream_state = self.loader.state_dict()
         self._count_skips(result.skipped, loss, batches, metrics)
         seconds = time.perf_counter() - started
         peak = peak_flops(self.ranks.device)
         utilised = peak * self.ranks.world_size * seconds if peak else None
+        graphs_before, self._graphs = self._graphs, self.engine.graphs_compiled()
         metrics.step(
             {
                 "step": self.done,
@@ -98,6 +103,7 @@ class Trainer:
                 "mfu_executed": executed / utilised if utilised else None,
                 "memory_gib": memory_gib(self.ranks.device),
                 "skipped_steps": self.skipped,
+                "recompiles": self._graphs - graphs_before,
                 "data_wait": data_wait / seconds,
                 "padding": counted[-1] / self.stage.batch_tokens,
                 "tokens_by": {key: int(number) for key, number in zip(counts, counted, strict=True) if key != "padding"},
@@ -124,18 +130,21 @@ class Trainer:
     def _switch(self, place: Place, metrics: Metrics) -> None:
         """Enters the next stage; the loss on either side of it is of the same held-out rows, those of the stage before."""
         rows = self._heldout
-        before = heldout_loss(self.engine, rows, self.ranks) if rows else None
+        before, _ = self._losses(rows) if rows else (None, None)
         self._enter(place.stage)
-        after = heldout_loss(self.engine, rows, self.ranks) if rows else None
+        after, _ = self._losses(rows) if rows else (None, None)
         metrics.event("switch", self.done, stage=place.stage.name, loss_before=before, loss_after=after)
 
     def evaluate(self, metrics: Metrics) -> float | None:
         """Loss on the held-out rows, written as an `evaluation` event; None where evaluation is off."""
         if not self._heldout:
             return None
-        loss = heldout_loss(self.engine, self._heldout, self.ranks)
-        metrics.event("evaluation", self.done, heldout_loss=loss, context=self.stage.seq_len)
+        loss, by_position = self._losses(self._heldout)
+        metrics.event("evaluation", self.done, heldout_loss=loss, context=self.stage.seq_len, by_position=by_position)
         return loss
+
+    def _losses(self, rows: list[Batch]) -> tuple[float, dict[int, float]]:
+        return heldout_losses(self.engine, rows, self.ranks, bucket=self.run.evaluation.position_bucket)
 
     def measure_gates(self, metrics: Metrics) -> None:
         """Statistics of MoBA's gate on the held-out rows, written as a `gate` event where there is a choice: curves by layer, and
@@ -164,11 +173,12 @@ def _piece_lengths(batches: list[Batch]) -> list[int]:
 
 
 def enter_stage(model: Transformer, run: RunConfig, stage: StageConfig) -> None:
-    """Gives the model the attention and the positions of a stage; its weights stay."""
+    """Gives the model the attention, the positions and the activations of a stage; its weights stay."""
     model.backend = stage.attention.backend.value
     model.workspace = stage.attention.workspace
     model.set_attention(stage.attention.per_layer(run.model.num_layers))
     model.set_rope(stage.rope)
+    model.set_activation(stage.activation.per_layer(run.model.num_layers))
 
 
 def check_heldout(run: RunConfig, corpus: Corpus) -> None:
@@ -176,6 +186,13 @@ def check_heldout(run: RunConfig, corpus: Corpus) -> None:
     if run.evaluation.rows:
         for seq_len in sorted({stage.seq_len for stage in run.stages}):
             heldout_rows(corpus, seq_len=seq_len, rows=1)
+
+
+def check_loss(run: RunConfig, device: torch.device) -> None:
+    """Raises ConfigError where the chosen loss cannot be computed on the device, before the model is built."""
+    dtype = torch.bfloat16 if run.parallel.precision is Precision.BF16 else torch.float32
+    if refused := refusal(run.parallel.loss.value, device, dtype):
+        raise ConfigError(f"parallel.loss={run.parallel.loss.value}: {refused}; auto takes what serves here")
 
 
 def check_mixes(run: RunConfig, corpus: Corpus) -> None:
@@ -190,11 +207,13 @@ def check_mixes(run: RunConfig, corpus: Corpus) -> None:
 
 
 def dry_run(run: RunConfig, engine: Engine, ranks: Ranks, first_step: int) -> None:
-    """One synthetic micro-batch, the largest still to come and of the longest rows, with weight 0, before anything is written:
-    memory trouble shows now, not at night. Raises ConfigError where it does not fit in the GPU's memory."""
+    """One synthetic micro-batch, of the stage still to come that needs most, with weight 0, before anything is written: memory trouble
+    shows now, not at night. Raises ConfigError where it does not fit in the GPU's memory, or in the machine's what it offloads."""
     to_come = run.stages[place_of(run, first_step).index :]
-    shapes = [(run.micro_batch_rows(stage, ranks.world_size), stage.seq_len) for stage in to_come]
-    shape, stage = max(zip(shapes, to_come, strict=True), key=lambda pair: (pair[0][0] * pair[0][1], pair[0][1]))
+    check_host_memory(run, ranks, to_come)
+    gpu = ranks.device.type == "cuda"
+    stage = max(to_come, key=lambda stage: stage_bytes(run, stage, world_size=ranks.world_size, gpu=gpu).peak)
+    shape = (run.micro_batch_rows(stage, ranks.world_size), stage.seq_len)
     enter_stage(engine.module, run, stage)
     tokens = torch.arange(shape[0] * shape[1]).reshape(shape) % run.model.vocab_size
     batch = Batch(
@@ -217,5 +236,5 @@ def dry_run(run: RunConfig, engine: Engine, ranks: Ranks, first_step: int) -> No
         key = "micro_batch_tokens" if run.parallel.micro_batch_tokens else "micro_batch_rows"
         raise ConfigError(
             f"parallel.{key}={getattr(run.parallel, key)}: {shape[0]} rows of seq_len={stage.seq_len} do not fit in a GPU's memory "
-            f"({worst:.1f} GiB were in use); fewer rows, shorter rows, a higher ZeRO stage or bf16 would help"
+            f"({worst:.1f} GiB were in use); fewer rows, shorter rows, more of activation.rule, a higher ZeRO stage or bf16 would help"
         )

@@ -18,6 +18,7 @@ from configs.schema import (
     ConfigError,
     DataBenchmarkConfig,
     EvaluateConfig,
+    LayerBenchmarkConfig,
     PlanConfig,
     PrepareConfig,
     RunConfig,
@@ -88,6 +89,7 @@ def test_every_root_composes():
     assert compose(EvaluateConfig, config_name="evaluate", overrides=["checkpoint=x"]).checkpoint == "x"
     assert compose(BenchmarkConfig, config_name="benchmark").output_dir == "outputs/benchmark"
     assert compose(DataBenchmarkConfig, config_name="benchmark_data").documents == 10_000_000
+    assert compose(LayerBenchmarkConfig, config_name="benchmark_layers").model.vocab_size == 128256
 
 
 @pytest.fixture
@@ -145,7 +147,7 @@ def test_stages_of_a_file_have_the_attention_of_the_run(configs):
         ("model.hiden_size=5", r"^model.hiden_size: no such key, did you mean 'model.hidden_size'\?$"),
         ("hidden_size=5", r"^hidden_size: no such key, did you mean 'model.hidden_size'\?$"),
         ("stages.0.tokns=5", r"^stages.0.tokns: no such key, did you mean 'stages.0.tokens'\?$"),
-        ("+foo=1", r"^foo: no such key; accepted: attention, rope, mix, name, run_dir"),
+        ("+foo=1", r"^foo: no such key; accepted: attention, rope, activation, mix, name, run_dir"),
         ("hydra/launcher=basic", r"^hydra/launcher: no such key; accepted: .*stages"),
         ("attention.rule.0=full", r"^attention.rule.0: no such key, did you mean 'attention.rule'\?$"),
         ("stages.x.tokens=5", r"^stages.x.tokens: no such key, did you mean 'stages.0.tokens'\?$"),
@@ -196,6 +198,11 @@ def test_stages_of_a_file_have_the_attention_of_the_run(configs):
         ("rope.nope=evry 2", r"^rope.nope='evry 2': 'evry 2' does not select layers; accepted: all"),
         ("model.num_heads=3", r"^model.num_heads=3: must be a multiple of num_kv_heads=2$"),
         ("parallel.zero_stage=4", r"^parallel.zero_stage=4: accepted: 0, 1, 2, 3$"),
+        ("parallel.ffn_tile=-1", r"^parallel.ffn_tile=-1: must be at least 0$"),
+        (
+            "parallel.loss=ligre",
+            r"^parallel.loss='ligre': no such choice, did you mean 'liger'\?; accepted: auto, reference, torch, triton, liger$",
+        ),
         ("data.sources=5", r"^data.sources=5: must be a list$"),
         ("data.sources={name: x}", r"^data.sources={'name': 'x'}: must be a list$"),
         ("data.sources.2.path=x", r"^data.sources.2.path: no such item; data.sources has 2, counted from 0$"),
@@ -265,6 +272,18 @@ def test_numbers_may_be_written_as_people_write_them():
     [
         (["model.max_seq_len=1024"], 1, r"stages.0.seq_len=2048: is beyond .* model.max_seq_len=1024"),
         ([], 3, r"stages.0.batch_tokens=8192: is 4 rows of 2048, which 3 ranks × parallel.micro_batch_rows=1 = 3 does not divide"),
+        (["parallel.sequence_parallel=3"], 4, r"^parallel.sequence_parallel=3: does not divide the 4 ranks; accepted: 1, 2, 4$"),
+        (["parallel.sequence_parallel=8"], 8, r"=8: does not divide the 4 query heads of model.num_heads; accepted: 1, 2, 4$"),
+        (
+            ["parallel.sequence_parallel=4", "stages.0.seq_len=2050", "stages.0.batch_tokens=4100"],
+            4,
+            r"^stages.0.seq_len=2050: is not a multiple of parallel.sequence_parallel=4, the ranks that share a row; 2048 is the nearest$",
+        ),
+        (
+            ["parallel.sequence_parallel=2"],
+            6,
+            r"4 rows of 2048, which 3 groups of 2 ranks × parallel.micro_batch_rows=1 = 3 does not divide",
+        ),
         (["parallel.micro_batch_rows=8"], 1, r"is 4 rows of 2048, which 1 ranks × parallel.micro_batch_rows=8 = 8 does not divide"),
         (
             ["attention.rule='layers 7 full, rest moba'"],
@@ -277,6 +296,11 @@ def test_numbers_may_be_written_as_people_write_them():
             r"'rest moba.*' names no layer that is still free among 2: all 2 that it selects are named before it; narrow what stands there",
         ),
         (["attention.rule='last 1 full'"], 1, r"layers \[0, 1, 2\] of 4 are named by no clause"),
+        (
+            ["parallel.ffn_tile=4097", "parallel.micro_batch_rows=2"],
+            1,
+            r"parallel.ffn_tile=4097: is larger than the 4096 tokens of the largest micro-batch \(2 × seq_len=2048\)",
+        ),
     ],
 )
 def test_objects_must_fit_each_other(overrides, world_size, message):
@@ -313,6 +337,8 @@ def test_micro_batches_follow_the_rows_and_the_ranks():
     assert [run.micro_batch_rows(stage, 1) for stage in stages] == [16, 4, 1]  # of 48, 12 and 3 rows
     assert [run.micro_batch_rows(stage, 3) for stage in stages] == [16, 4, 1]
     assert run.micro_batch_rows(stages[1], 4) == 3 and run.micro_batch_rows(stages[1], 6) == 2  # what fits and divides the share
+    shared = replace(run, parallel=replace(run.parallel, sequence_parallel=2))  # twice the tokens fit where two ranks share them
+    assert [shared.micro_batch_rows(stages[1], ranks) for ranks in (1 * 2, 3 * 2)] == [6, 4]
     check_run(replace(run, stages=tuple(stages)), world_size=3)
     with pytest.raises(ConfigError, match=r"stages.2.batch_tokens=98304: is 3 rows of 32768, which 4 ranks × .*=1 = 4 does not divide"):
         check_run(replace(run, stages=tuple(stages)), world_size=4)

@@ -1,5 +1,7 @@
 """Small models and packed inputs for the tests of this folder."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,11 +20,14 @@ def tiny_config(**changes: object) -> ModelConfig:
 
 
 def build(
-    config: ModelConfig, rule: str = "full", *, theta: float = 10000.0, nope: str = "", seed: int = 0, backend: str = "auto"
+    config: ModelConfig, rule: str = "full", *, theta: float = 10000.0, nope: str = "", seed: int = 0, backend: str = "auto", **ways: Any
 ) -> Transformer:
-    """An initialised model with the attention of `rule`; key convolutions, which start at 0, are drawn so that they matter."""
+    """An initialised model with the attention of `rule`; key convolutions, which start at 0, are drawn so that they matter.
+
+    `ways` of computing the same, such as `ffn_tile`, go to the model.
+    """
     attention = AttentionConfig(rule=rule).per_layer(config.num_layers)
-    model = Transformer(config, attention, RopeConfig(theta=theta, nope=nope), backend)
+    model = Transformer(config, attention, RopeConfig(theta=theta, nope=nope), backend, **ways)
     initialise(model, config, seed)
     for index, layer in enumerate(model.layers):
         if layer.attention.key_conv is not None:

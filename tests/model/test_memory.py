@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from configs.schema import AttentionConfig, ModelConfig
-from model import memory, transformer
+from configs.schema import ActivationConfig, AttentionConfig, LossBackend, ModelConfig
 from model.memory import PassBytes, effective, pass_bytes
+from model.ops.loss import tiled
 from model.transformer import Transformer
 from tests.model.helpers import build
-from train.calibrate import saved_bytes
+from train.calibrate import kept_bytes
 
 ROW = 512
 DTYPES = {torch.float32: 4, torch.bfloat16: 2}
@@ -19,8 +19,8 @@ def _config(**changes: object) -> ModelConfig:
     return ModelConfig(**{**sizes, **changes})
 
 
-def _model(config: ModelConfig, rule: str, dtype: torch.dtype) -> Transformer:
-    return build(config, rule, backend="torch").to(dtype)
+def _model(config: ModelConfig, rule: str, dtype: torch.dtype, ffn_tile: int = 0) -> Transformer:
+    return build(config, rule, backend="torch", ffn_tile=ffn_tile).to(dtype)
 
 
 def _inputs(rows: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -28,9 +28,13 @@ def _inputs(rows: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, tor
     return tokens, torch.arange(ROW).repeat(rows), torch.arange(0, rows * ROW + 1, ROW, dtype=torch.int32)
 
 
-def _reckoned(config: ModelConfig, rule: str, rows: int, dtype: torch.dtype) -> PassBytes:
-    attention = AttentionConfig(rule=rule).per_layer(config.num_layers)
-    return pass_bytes(config, attention, rows=rows, seq_len=ROW, itemsize=DTYPES[dtype], gpu=False, triton_workspace=0)
+def _reckoned(config: ModelConfig, rule: str, rows: int, dtype: torch.dtype, ffn_tile: int = 0, kept: str = "none") -> PassBytes:
+    attention, activation = (
+        AttentionConfig(rule=rule).per_layer(config.num_layers),
+        ActivationConfig(rule=kept).per_layer(config.num_layers),
+    )
+    sizes = {"rows": rows, "seq_len": ROW, "itemsize": DTYPES[dtype], "ffn_tile": ffn_tile}
+    return pass_bytes(config, attention, activation, gpu=False, triton_workspace=0, **sizes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -40,13 +44,32 @@ def _reckoned(config: ModelConfig, rule: str, rows: int, dtype: torch.dtype) -> 
 def test_activations_are_what_autograd_saves(changes, rule, rows, dtype):
     config = _config(**changes)
     model = _model(config, rule, dtype)
-    saved = saved_bytes(model, lambda: model.hidden(*_inputs(rows, config.vocab_size)))
+    saved = kept_bytes(model, lambda: model.hidden(*_inputs(rows, config.vocab_size)))
     assert _reckoned(config, rule, rows, dtype).activations == pytest.approx(saved, rel=1e-3)
 
 
-def _peak(config: ModelConfig, rule: str, dtype: torch.dtype) -> int:
+KEPT = ("selective", "full", "offload", "every 2 full, rest none", "last 1 selective, rest offload")
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("rule", ["full", "moba(64, 3)", "last 1 full, rest sliding(64)"])
+def test_less_is_kept_where_layers_are_computed_again(rule, kept):
+    """Of whatever holds it: autograd, checkpoints, host memory (which on a CPU is the device's)."""
+    config = _config(key_conv=3)
+    model = _model(config, rule, torch.float32)
+    usual = _reckoned(config, rule, 2, torch.float32)
+    model.set_activation(ActivationConfig(rule=kept).per_layer(config.num_layers))
+    reckoned = _reckoned(config, rule, 2, torch.float32, kept=kept)
+    held = kept_bytes(model, lambda: model.hidden(*_inputs(2, config.vocab_size)))
+    assert reckoned.activations + reckoned.host == pytest.approx(held, rel=2e-3) and held < 0.75 * usual.activations
+    row = 2 * ROW * 128 * 4
+    assert reckoned.host == model.activation.count("offload") * row == sum(len(slot) for slot in model.host._free)
+
+
+def _peak(config: ModelConfig, rule: str, dtype: torch.dtype, ffn_tile: int = 0, kept: str = "none") -> int:
     """Most bytes allocated at once during forward and backward, beyond weights and gradients, by PyTorch's own profiler."""
-    model, inputs = _model(config, rule, dtype), _inputs(2, config.vocab_size)
+    model, inputs = _model(config, rule, dtype, ffn_tile), _inputs(2, config.vocab_size)
+    model.set_activation(ActivationConfig(rule=kept).per_layer(config.num_layers))
     model(*inputs, inputs[0]).sum().backward()  # gradients are there from now on
     with torch.profiler.profile(profile_memory=True) as profile:
         model(*inputs, inputs[0]).sum().backward()
@@ -74,15 +97,47 @@ def test_the_peak_is_what_the_allocator_sees(rule, changes, dtype):
     assert _reckoned(config, rule, 2, dtype).peak == pytest.approx(_peak(config, rule, dtype), rel=0.06)
 
 
-def test_a_loss_in_pieces_holds_the_logits_of_one(monkeypatch):
-    config = _config(vocab_size=8192)
-    whole = _peak(config, "full", torch.float32)
-    for module in (memory, transformer):
-        monkeypatch.setattr(module, "LOGITS_BUDGET", 8192 * 128)
-    reckoned = _reckoned(config, "full", 2, torch.float32)
-    assert reckoned.logits == 12 * 8192 * 128 + 4 * 8192 * 128  # 128 is the piece in tokens, and the hidden size
-    pieces = _peak(config, "full", torch.float32)
-    assert pieces == pytest.approx(reckoned.peak, rel=0.06) and pieces < whole / 2
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_loss_in_tiles_holds_the_logits_of_one(monkeypatch, dtype):
+    config = _config(vocab_size=8192, num_layers=1)
+    whole = _peak(config, "full", dtype)
+    monkeypatch.setattr(tiled, "LOGITS_BYTES", DTYPES[dtype] * 8192 * 128)
+    reckoned, peak = _reckoned(config, "full", 2, dtype), _peak(config, "full", dtype)
+    copies = {torch.float32: 1, torch.bfloat16: 2}[dtype]  # of the logits in fp32
+    head, d_x = 4 * 8192 * 128, DTYPES[dtype] * 2 * ROW * 128
+    assert reckoned.logits == (DTYPES[dtype] + 4 * copies) * 8192 * 128 + head + d_x
+    assert peak == pytest.approx(reckoned.peak, rel=0.06) and peak < whole / 2
+
+
+@pytest.mark.parametrize(("tile", "dtype"), [(128, torch.float32), (512, torch.bfloat16)])
+def test_a_feed_forward_in_tiles_holds_the_intermediates_of_one(tile, dtype):
+    config = _config(vocab_size=32, ffn_size=2048)
+    reckoned = _reckoned(config, "full", 2, dtype, tile)
+    saved = kept_bytes(model := _model(config, "full", dtype, tile), lambda: model.hidden(*_inputs(2, 32)))
+    assert reckoned.activations == pytest.approx(saved, rel=1e-3)
+    peak = _peak(config, "full", dtype, tile)
+    assert reckoned.peak == pytest.approx(peak, rel=0.06) and peak < _peak(config, "full", dtype) / 2
+    assert _reckoned(config, "full", 2, dtype, 2 * ROW) == _reckoned(config, "full", 2, dtype)
+
+
+def test_what_the_loss_holds_on_a_gpu():
+    """The kernel makes nothing of the logits' size; plain torch their fp32 log-probabilities; without tiles there are all of them."""
+    config, attention = _config(vocab_size=8192), AttentionConfig().per_layer(3)
+    sizes = {"rows": 1, "seq_len": ROW, "itemsize": 2, "gpu": True, "triton_workspace": 1}
+    held = {loss: pass_bytes(config, attention, ["none"] * 3, loss=loss, **sizes).logits for loss in LossBackend}
+    assert held[LossBackend.AUTO] == 2 * ROW * 8192 + 4 * 8192 * 128 + 2 * ROW * 128
+    assert held[LossBackend.TRITON] == held[LossBackend.AUTO] and held[LossBackend.TORCH] == held[LossBackend.AUTO] + 4 * ROW * 8192
+    assert held[LossBackend.REFERENCE] == 12 * ROW * 8192
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("rule", ["full", "moba(64, 3)"])
+def test_the_peak_where_layers_are_computed_again(rule, kept):
+    """Host memory is there before and after."""
+    config = _config(vocab_size=32, ffn_size=512, num_layers=4)
+    assert _reckoned(config, rule, 2, torch.float32, kept=kept).peak == pytest.approx(
+        _peak(config, rule, torch.float32, kept=kept), rel=0.06
+    )
 
 
 def test_moba_that_sees_the_whole_row_is_reckoned_as_full():
@@ -95,12 +150,12 @@ def test_on_a_gpu_by_hand():
     """bf16, one layer: two norms with input and output, the FFN's four, q, k, v and output, log-sum-exp and 1/rms in fp32, chosen ids."""
     config = _config(num_layers=1)
     attention = AttentionConfig(rule="moba(64, 3)").per_layer(1)
-    held = pass_bytes(config, attention, rows=1, seq_len=ROW, itemsize=2, gpu=True, triton_workspace=1 << 30)
+    held = pass_bytes(config, attention, ["none"], rows=1, seq_len=ROW, itemsize=2, gpu=True, triton_workspace=1 << 30)
     layer = 2 * (4 * 128 + 4 * 384 + 2 * 128 + 2 * 64) + 4 * (2 + 4) + 4 * 4 * 2
     assert held.activations == ROW * (layer + 2 * 2 * 128 + 4 + 8 + 4 * 32)
     slots, means_and_ids = 4 * ROW * 2 * (32 * 2 + 8), 4 * (ROW * 64 // 64) + 4 * 4 * ROW * 2
     assert held.gate_and_slots == slots + means_and_ids
-    less = pass_bytes(config, attention, rows=1, seq_len=ROW, itemsize=2, gpu=True, triton_workspace=slots // 2)
+    less = pass_bytes(config, attention, ["none"], rows=1, seq_len=ROW, itemsize=2, gpu=True, triton_workspace=slots // 2)
     assert less.gate_and_slots == slots // 2 + means_and_ids
 
 
@@ -110,6 +165,7 @@ def test_rows_of_full_attention_are_joined_on_a_gpu_where_they_go_one_by_one(seq
     config = _config(num_layers=1)
     full = AttentionConfig().per_layer(1)
     one, two = (
-        pass_bytes(config, full, rows=rows, seq_len=seq_len, itemsize=itemsize, gpu=True, triton_workspace=0).activations for rows in (1, 2)
+        pass_bytes(config, full, ["none"], rows=rows, seq_len=seq_len, itemsize=itemsize, gpu=True, triton_workspace=0).activations
+        for rows in (1, 2)
     )
     assert two - 2 * one == copies * itemsize * 2 * seq_len * 4 * 32

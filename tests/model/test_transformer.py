@@ -5,9 +5,9 @@ import torch
 
 from configs.layers import LayerAttention
 from configs.schema import AttentionConfig, RopeConfig
-from model import transformer
 from model.layers import RMSNorm
 from model.ops import moba
+from model.ops.loss import tiled
 from model.rope import rotary_table, rotate
 from model.transformer import Transformer
 from tests.model.helpers import HYBRIDS, RULES, build, pack, tiny_config
@@ -167,18 +167,19 @@ def test_loss_is_the_cross_entropy_of_labelled_tokens():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_loss_in_pieces_equals_loss_at_once(monkeypatch, tied):
-    model = build(tiny_config(tie_embeddings=tied)).double()
+def test_tiles_change_neither_loss_nor_gradient(monkeypatch, tied):
+    monkeypatch.setattr(tiled, "LOGITS_BYTES", 8 * 96 * 30)
     tokens, positions, cu_seqlens = pack(LENGTHS)
+    labels = tokens.roll(-1)
+    labels[10:40] = -100
     results = []
-    for budget in (1 << 28, 96 * 30 + 1):
-        monkeypatch.setattr(transformer, "LOGITS_BUDGET", budget)
-        model.zero_grad()
-        losses = model(tokens, positions, cu_seqlens, tokens.roll(-1))
-        losses.sum().backward()
+    for ways in ({"loss": "reference"}, {"loss": "torch", "ffn_tile": 32}):
+        model = build(tiny_config(tie_embeddings=tied), **ways).double()
+        losses = model(tokens, positions, cu_seqlens, labels)
+        (losses.sum() * 0.1).backward()
         results.append([losses.detach(), *(parameter.grad for parameter in model.parameters())])
-    for at_once, in_pieces in zip(*results, strict=True):
-        torch.testing.assert_close(in_pieces, at_once, rtol=1e-6, atol=1e-6)  # losses are fp32 in both
+    for at_once, in_tiles in zip(*results, strict=True):
+        torch.testing.assert_close(in_tiles, at_once, rtol=1e-10, atol=1e-10)
 
 
 def test_rotation_depends_on_the_distance_alone():

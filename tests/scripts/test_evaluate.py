@@ -42,10 +42,10 @@ from scripts import evaluate as door
 from scripts.evaluate import evaluate
 from scripts.figures import plot_losses, plot_positions, read_metrics, short_count
 from tests.data.conftest import make_texts, write_jsonl
-from tests.train.helpers import execute, overrides
-from train import initial
-from train.engine import load_weights
+from tests.train.helpers import execute, overrides, start_ranks
+from train.distributed import Ranks
 from train.evaluate import Scores, choose_documents, document_losses, gain, stretch, windows
+from train.fragments import FragmentFolder
 
 CPU = torch.device("cpu")
 QUICK = settings(max_examples=200, deadline=None)
@@ -300,6 +300,27 @@ def test_cut_documents_and_bf16(asked):
     assert "scored up to there" in (Path(report["output_dir"]) / "evaluation.md").read_text()
 
 
+def test_ranks_that_share_documents_report_as_one_does(asked, runs, corpus, tmp_path):
+    keys = ["contexts=[50]", "max_documents=2", "device=cpu", 'attentions=["full","moba"]']
+    arguments = [f"checkpoint={runs[3]}", f"data.prepared_dir={corpus}", f"output_dir={tmp_path}", *keys]
+    done = start_ranks(["scripts.evaluate", *arguments], num_ranks=2)
+    assert done.returncode == 0, done.stderr
+    shared, alone = json.loads((tmp_path / "evaluation.json").read_text()), evaluate(asked(f"checkpoint={runs[3]}", *keys))
+    assert shared["launch"]["world_size"] == 2 and done.stderr.count("| moba(32, 2) |") == 1
+    for ours, theirs in zip(figures_of(shared), figures_of(alone), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert [bucket["tokens"] for bucket in ours["by_position"]] == [bucket["tokens"] for bucket in theirs["by_position"]]
+
+
+def test_ranks_that_cannot_share_documents_are_refused(asked, monkeypatch):
+    monkeypatch.setattr(door, "on_main", lambda ranks, work: work())
+    with pytest.raises(ConfigError, match=r"^checkpoint=.*: its model has 4 query heads, which the 3 ranks .* accepted: 1, 2, 4$"):
+        evaluate(asked("output_dir=nowhere"), Ranks(rank=0, world_size=3, device=CPU))
+    with pytest.raises(ConfigError, match=r"^suite.parts=retrieval,gates: .* 2 ranks .* perplexity alone"):
+        evaluate(asked("output_dir=nowhere", "suite.parts=[perplexity,retrieval,gates]"), Ranks(rank=0, world_size=2, device=CPU))
+    assert not Path("nowhere").exists()
+
+
 def test_the_command_prints_the_table_and_the_files(asked, runs, corpus, capsys, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     arguments = [f"checkpoint={runs[1]}", f"data.prepared_dir={corpus}", "contexts=[16]", "max_documents=2", "device=cpu"]
@@ -412,8 +433,9 @@ def test_a_damaged_checkpoint_is_refused_by_name(asked, runs, tmp_path):
 
 def test_losses_that_are_not_finite_and_a_full_disk_leave_nothing(asked, tmp_path, monkeypatch):
     config = asked(f"output_dir={tmp_path}", "contexts=[16]", "max_documents=1")
+    plain = FragmentFolder.weight
     with monkeypatch.context() as patched:
-        patched.setattr(initial, "load_weights", lambda *a, **n: {key: value * math.nan for key, value in load_weights(*a, **n).items()})
+        patched.setattr(FragmentFolder, "weight", lambda self, name: plain(self, name) * math.nan)
         assert "losses are not finite under moba(32, 2) at context 16" in refused(lambda: config)
 
     def full_disk(path: Path, text: str) -> None:

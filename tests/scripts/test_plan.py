@@ -11,7 +11,7 @@ def test_a_plan_is_printed_as_tables_and_writes_nothing(tmp_path):
     done = execute([sys.executable, "-m", "scripts.plan", "experiment=moba90_full10", "num_gpus=4", "mfu=0.3", f"run_dir={run_dir}"])
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("# moba90_full10: 1.59B parameters") and "4 × H200, mfu 0.3 of 989 TFLOP/s" in done.stdout
-    assert [len(re.findall(rf"^\| {stage} +\|", done.stdout, re.MULTILINE)) for stage in ("moba", "full")] == [3, 3]
+    assert [len(re.findall(rf"^\| {stage} +\|", done.stdout, re.MULTILINE)) for stage in ("moba", "full")] == [4, 4]
     assert not run_dir.exists()
 
 

@@ -1,18 +1,25 @@
 """Tiny runs on real text, in this process or on ranks of their own."""
 
+import contextlib
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from configs.registry import REPOSITORY, compose
 from configs.schema import DataConfig, RunConfig, SourceConfig, SourceFormat, TokenizerConfig
+from train.checkpoint import ENGINE
+from train.fragments import FragmentFolder
 
 _OF_A_LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STEPS, KILLED_IN = 8, 6  # checkpoints at 4 and 8; the kill comes in the 6th step
@@ -72,15 +79,21 @@ def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
     return [line for line in lines(run_dir) if line.get("event") == name]
 
 
+def load_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The parameters in a checkpoint: whole, fp32, by name."""
+    saved = FragmentFolder(checkpoint / ENGINE)
+    return {name: saved.weight(name) for name in saved.shapes}
+
+
 def launch(arguments: list[str], *, num_ranks: int, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """`module arguments...` under the deepspeed CLI on gloo ranks, one thread each."""
     launcher = [shutil.which("deepspeed", path=_path()) or "deepspeed", "--module", "--no_local_rank", "--num_gpus", str(num_ranks)]
-    return execute([*launcher, "--master_port", str(_free_port()), *arguments], timeout=timeout)
+    return execute([*launcher, "--master_port", str(free_port()), *arguments], timeout=timeout)
 
 
 def start_ranks(arguments: list[str], *, num_ranks: int, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """The same without the CLI, whose two imports of deepspeed cost more than a tiny run; when a rank fails the others are ended."""
-    shared = environment() | {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    shared = environment() | {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", *arguments]
     with tempfile.TemporaryFile("w+") as said:
         environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
@@ -99,7 +112,8 @@ def start_ranks(arguments: list[str], *, num_ranks: int, timeout: float = 240) -
         return subprocess.CompletedProcess(command, next(filter(None, codes), 0), "", said.read())
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nothing listens on yet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -118,3 +132,17 @@ def environment() -> dict[str, str]:
 
 def _path() -> str:
     return f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+@contextlib.contextmanager
+def small_disk() -> Iterator[None]:
+    """No file may grow beyond 1000 bytes: to a program the same as a disk that is full.
+
+    No fixture: pytest reports a test before its fixtures end, and its own output may be a file.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from configs.schema import AttentionConfig, ConfigError, EvaluateConfig, ModelConfig, RopeConfig, RopeScaling, RunConfig, StageConfig
-from tests.train.helpers import STEPS, events, make_run, steps
-from train.engine import load_weights
+from tests.train.helpers import STEPS, events, load_weights, make_run, steps
 from train.evaluate import attention_settings, context_lengths
 from train.loop import train
 
@@ -27,7 +26,7 @@ def test_it_learns_switches_and_resumes_to_the_bit(corpus, ranks, tmp_path):
     train(run, ranks)
     (switch,) = events(tmp_path / "whole", "switch")
     assert switch["step"] == STEPS // 2 and switch["loss_before"] != switch["loss_after"]
-    weights = load_weights(tmp_path / "whole/checkpoints/step_00000008", zero_stage=1)
+    weights = load_weights(tmp_path / "whole/checkpoints/step_00000008")
     convolutions = [weight for name, weight in weights.items() if "key_conv" in name]
     assert len(convolutions) == 2 and all(weight.any() for weight in convolutions)  # they began at 0
 
@@ -42,7 +41,7 @@ def test_every_zero_stage_trains_it_alike(corpus, ranks, tmp_path, stage):
     found = []
     for number in (1, stage):
         train(hybrid(corpus, tmp_path / str(number), f"parallel=zero{number}"), ranks)
-        found.append(load_weights(tmp_path / str(number) / "checkpoints/step_00000008", zero_stage=number))
+        found.append(load_weights(tmp_path / str(number) / "checkpoints/step_00000008"))
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-5)

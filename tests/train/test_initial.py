@@ -29,8 +29,7 @@ from scripts import convert as door
 from scripts.attention_benchmark.trained import Trained
 from scripts.evaluate import evaluate
 from tests.model.test_huggingface import ROPES, make_theirs
-from tests.train.helpers import corpus_config, events, make_run, overrides, start_ranks, steps
-from train.engine import load_weights
+from tests.train.helpers import corpus_config, events, load_weights, make_run, overrides, start_ranks, steps
 from train.loop import train
 from train.plan import Plan, make_plan
 
@@ -198,7 +197,7 @@ def test_more_words_grow_the_embedding_by_its_mean(corpus, released, ranks, tmp_
     run = make(corpus, tmp_path / "run", released / "ours", *more)
     train(run, ranks)
     old = AutoModelForCausalLM.from_pretrained(released / "hf").get_input_embeddings().weight
-    new = load_weights(tmp_path / "run/checkpoints/step_00000001", zero_stage=1)["embedding.weight"]
+    new = load_weights(tmp_path / "run/checkpoints/step_00000001")["embedding.weight"]
     torch.testing.assert_close(new[:512], old, rtol=0, atol=1e-6)
     torch.testing.assert_close(new[512:], old.mean(dim=0, keepdim=True).expand(8, -1), rtol=0, atol=1e-6)
     convert("to_hf", tmp_path / "run", tmp_path / "back")
@@ -210,8 +209,8 @@ def test_a_checkpoint_gives_its_weights_alone(corpus, ranks, tmp_path):
     run = make(corpus, tmp_path / "second", tmp_path / "first", "optim.lr=1e-12", "max_steps=1", "seed=1", "stages.0.attention.rule=full")
     assert run.model == make_run(corpus, tmp_path / "first").model
     train(run, ranks)
-    before = load_weights(tmp_path / "first/checkpoints/step_00000008", zero_stage=0)
-    after = load_weights(tmp_path / "second/checkpoints/step_00000001", zero_stage=1)
+    before = load_weights(tmp_path / "first/checkpoints/step_00000008")
+    after = load_weights(tmp_path / "second/checkpoints/step_00000001")
     for name, value in after.items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=1e-6)
     assert [step for step, _, _ in steps(tmp_path / "second")] == [1]

@@ -1,8 +1,6 @@
 """Where figures go when something is in the way: a full disk, a reader that has left, wandb without its server."""
 
-import contextlib
 import io
-import resource
 import sys
 import types
 
@@ -10,6 +8,7 @@ import pytest
 
 from configs.registry import compose
 from configs.schema import ConfigError, RunConfig
+from tests.train.helpers import small_disk
 from train.metrics import Metrics
 
 STEP = {"step": 10, "loss": 2.5, "lr": 1e-3, "grad_norm": 1.0, "tokens": 5120, "context": 512, "tokens_per_second": 1000.0} | {
@@ -25,23 +24,9 @@ def _metrics(folder, *overrides: str) -> Metrics:
 # --- metrics.jsonl -------------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _small_disk():
-    """No file may grow beyond 1000 bytes: to a program the same as a disk that is full.
-
-    No fixture: pytest reports a test before its fixtures end, and its own output may be a file.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_is_named(tmp_path):
     refused = pytest.raises(ConfigError, match=r"metrics.jsonl: the disk is full")
-    with _metrics(tmp_path, "logging.progress=false") as metrics, refused, _small_disk():
+    with _metrics(tmp_path, "logging.progress=false") as metrics, refused, small_disk():
         for _ in range(10):
             metrics.step(STEP)
 

@@ -20,6 +20,7 @@ from train.distributed import Ranks
 from train.gpus import GPUS
 from train.plan import Plan, make_plan, state_bytes
 from train.plan_report import describe_layers, markdown
+from train.traffic import traffic
 
 EXPERIMENTS = sorted(path.stem for path in CONFIG_DIR.glob("experiment/*.yaml"))
 
@@ -49,12 +50,16 @@ def _check_states(found: dict[str, int], stage: int, precision: Precision, *, wo
         assert found["all"] == pytest.approx(reckoned, rel=0.02)
 
 
-def test_two_ranks_hold_what_is_reckoned(tmp_path):
+def test_two_ranks_hold_and_send_what_is_reckoned(tmp_path):
     done = start_ranks(["tests.train.engine_bytes", str(tmp_path / "bytes.json")], num_ranks=2)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "bytes.json").read_text())
     for (stage, precision), bytes_found in zip(LAYOUTS, found, strict=True):
         _check_states(bytes_found, stage, precision, world_size=2, accumulates=True)
+        layout = ParallelConfig(zero_stage=stage, precision=precision)
+        sent = traffic(layout, num_parameters=parameter_counts(MODEL).total, world_size=2, micro_batches=2)
+        assert bytes_found["sent_gradients"] == pytest.approx(sent.gradients, rel=0.01)
+        assert bytes_found["sent_weights"] == pytest.approx(sent.weights, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +103,35 @@ def test_layers_are_shown_as_they_lie():
     assert shown("every 2 moba(64, 2), rest sliding(16)", 24) == "0, 2, … 22 sliding(16), 1, 3, … 23 moba(64, 2)"
     assert shown("layers 0 1 5 full, rest moba(64, 2)", 8) == "0-1 5 full, 2-4 6-7 moba(64, 2)"
     assert shown("full", 8) == "all full"
+
+
+# --- communication --------------------------------------------------------------------------------------------------------------------
+
+EIGHT_B = ("model=llama_8b", "parallel.precision=bf16", "stages.0.seq_len=8192", "stages.0.batch_tokens=33554432")
+
+
+def test_what_ranks_exchange_by_hand():
+    """8.03B parameters on 8 nodes of 8: bytes of each ZeRO stage in bf16, over links of 450 GB/s inside and 8 x 50 GB/s out of a node."""
+    parameters, share = parameter_counts(_config(*EIGHT_B).model).total, 63 / 64
+    for zero, passes in (("zero1", 2 + 1), ("zero2", 8 * 2 + 1), ("zero3", 8 * 1 + 8 * (2 - 1e9 / parameters))):
+        (stage,) = _plan(*EIGHT_B, f"parallel={zero}", "num_gpus=64", "parallel.micro_batch_rows=8").stages
+        assert stage.micro_batches == 8
+        assert stage.sent.total == pytest.approx(passes * share * 2 * parameters)
+        assert stage.exchange.inside == pytest.approx(stage.sent.total / 450e9)
+        assert stage.exchange.between == pytest.approx(stage.sent.total / 400e9)
+        assert stage.exchange.exposed == (0 if zero == "zero3" else stage.exchange.between)
+
+
+def test_a_slow_network_is_exposed_beyond_computing_and_a_node_alone_has_none():
+    plan = _plan(*EIGHT_B, "parallel=zero3", "num_gpus=64", "network=0.25", "gpus_per_node=4")
+    (stage,) = plan.stages
+    assert stage.exchange.between > stage.seconds and stage.exchange.between == pytest.approx(stage.sent.total / 1e9)
+    assert stage.exchange.exposed == pytest.approx(stage.exchange.between - stage.seconds)
+    assert "at 450 GB/s a GPU inside a node of 4 and 0.25 GB/s a GPU between nodes" in markdown(plan)
+    (one_node,) = _plan(*EIGHT_B, "num_gpus=8").stages
+    assert one_node.exchange.between == 0 and one_node.exchange.exposed == one_node.exchange.inside > 0
+    (alone,) = _plan(*EIGHT_B).stages
+    assert alone.sent.total == alone.exchange.exposed == 0
 
 
 # --- crossover -------------------------------------------------------------------------------------------------------------------------
@@ -170,7 +204,8 @@ def test_every_experiment_is_planned_and_takes_the_time_it_states(name):
         assert any(stage.memory / 1e9 == pytest.approx(float(size.replace(",", "")), abs=1) for stage in plan.stages)
     shown = markdown(plan)
     for stage in plan.stages:
-        assert len(re.findall(rf"^\| {stage.stage.name} +\|", shown, re.MULTILINE)) == 3
+        tables = 3 if plan.config.num_gpus == 1 else 4
+        assert len(re.findall(rf"^\| {stage.stage.name} +\|", shown, re.MULTILINE)) == tables
 
 
 def test_the_papers_recipe_is_as_the_paper_has_it():
@@ -201,6 +236,18 @@ def test_the_workspace_of_a_stage_is_reckoned_with():
     (usual,), (small,) = (_plan(*settings, *more).stages for more in ((), ("stages.0.attention.workspace_mib=64",)))
     assert small.held.gate_and_slots < usual.held.gate_and_slots - (64 << 20)
     assert small.held.activations == usual.held.activations
+
+
+def test_ranks_that_share_a_row_hold_a_part_of_it_each_and_say_what_they_send():
+    settings = ("model=llama_8b", "parallel.precision=bf16", "stages.0.seq_len=131072", "stages.0.batch_tokens=1048576", "attention=moba")
+    alone, shared = (_plan(*settings, "num_gpus=8", f"parallel.sequence_parallel={degree}") for degree in (1, 8))
+    assert [plan.stages[0].micro_batches for plan in (alone, shared)] == [1, 8]
+    assert shared.stages[0].states == alone.stages[0].states and shared.stages[0].seconds == alone.stages[0].seconds
+    ratio = alone.stages[0].held.activations / shared.stages[0].held.activations
+    assert 7 < ratio < 8  # positions are those of whole rows, and the attention's output is there twice
+    # 16384 tokens a rank, 32 query and 8 KV heads of 128, q, k, v and output, two bytes, two ways, 7 of 8 to others; 32 layers, 8 rows.
+    layer = 16384 * (2 * 32 + 2 * 8) * 128 * 2 * 2 * 7 // 8
+    assert f"each sends the others {layer / 1e6:,.0f} MB a layer and micro-batch, {layer * 32 * 8 / 1e9:,.1f} GB a step" in shared.notes[1]
 
 
 def test_a_prepared_corpus_is_checked_as_training_does(corpus):
@@ -238,6 +285,10 @@ def test_a_plan_says_what_each_stage_reads_of_a_prepared_corpus(corpus):
         (["gpu=H20"], r"^gpu=H20: is not known; accepted: H200, H100"),
         (["mfu=0"], r"^mfu=0.0: must lie in \(0, 1\]$"),
         (["num_gpus=0"], r"^num_gpus=0: must be at least 1$"),
+        (["gpus_per_node=0"], r"^gpus_per_node=0: must be at least 1$"),
+        (["network=-1"], r"^network=-1.0: must be at least 0$"),
+        (["parallel.sequence_parallel=2", "num_gpus=3"], r"^parallel.sequence_parallel=2: does not divide the 3 ranks; accepted: 1, 3$"),
+        (["parallel.sequence_parallel=2", "measure=true"], r"^measure=True: .*; parallel.sequence_parallel=2$"),
         (
             ["num_gpus=3"],
             r"^stages.0.batch_tokens=8192: is 4 rows of 2048, which 3 ranks × parallel.micro_batch_rows=1 = 3 does not divide; 6144 is",
@@ -264,11 +315,13 @@ def test_a_mistake_is_refused_as_in_training(overrides, message):
 
 def test_measured_figures_stand_beside_the_reckoned():
     rule = "attention.rule='last 1 full, every 2 sliding(16), rest moba(32, 2)'"
-    plan = _plan("model=tiny", "model.num_layers=5", "model.key_conv=3", "rope.nope=every 2", rule, *ONE_LAYER[2:], "device=cpu")
+    kept = "activation.rule='first 2 none, last 1 full, rest selective'"
+    plan = _plan("model=tiny", "model.num_layers=5", "model.key_conv=3", "rope.nope=every 2", rule, kept, *ONE_LAYER[2:], "device=cpu")
     device, (found,) = calibrate(plan)
-    assert [str(kind) for kind in found.layers] == ["moba(32, 2)", "sliding(16)", "full"]
+    layers = ["moba(32, 2) none", "sliding(16) none", "moba(32, 2) selective", "sliding(16) selective", "full full"]
+    assert [f"{kind} {kept}" for kind, kept in found.layers] == layers
     assert found.activations == pytest.approx(found.reckoned, rel=1e-3)
-    layers = sum(found.layers[kind].seconds for kind in plan.stages[0].attention)
+    layers = sum(found.layers[kind].seconds for kind in zip(plan.stages[0].attention, 2 * ["none"] + 2 * ["selective"] + ["full"]))
     assert 0 < found.step_seconds == pytest.approx(plan.stages[0].micro_batches * (found.ends.seconds + layers))
     assert f"Measured on {device}" in markdown(plan, (device, (found,)))
 

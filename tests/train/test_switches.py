@@ -13,7 +13,8 @@ from data.loader import heldout_rows
 from data.shards import Corpus
 from model.transformer import Transformer
 from tests.train.helpers import events, lines, make_run, steps
-from train.engine import Engine, load_weights
+from train.engine import Engine
+from train.initial import load_into
 from train.loop import train
 
 STEP = 512  # tokens
@@ -76,7 +77,7 @@ def test_both_losses_of_a_switch_are_those_of_one_model_on_the_same_rows(whole, 
         before, after = run.stages[index], run.stages[index + 1]
         rows = heldout_rows(Corpus.open(corpus), seq_len=before.seq_len, rows=run.evaluation.rows)
         model = Transformer(run.model, before.attention.per_layer(2), before.rope)
-        model.load_state_dict(load_weights(whole / "checkpoints" / f"step_{event['step']:08d}", zero_stage=1))
+        load_into(model, whole / "checkpoints" / f"step_{event['step']:08d}")
         expected = []
         for stage in (before, after):
             model.set_attention(stage.attention.per_layer(2))

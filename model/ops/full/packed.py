@@ -11,7 +11,7 @@ from model.ops.full.gpu import compute_capability, refusal
 from model.ops.full.sdpa import Attend, full_cudnn, one_by_one
 
 # A document of so many tokens is worth a call of its own: cuDNN is the quicker kernel on Hopper, but each call costs tens of microseconds.
-# An estimate until README.md has the measurement.
+# Measured on one H200, see README.md.
 CUDNN_LENGTH = 4096
 
 
@@ -20,7 +20,8 @@ def full_packed(q: Tensor, k: Tensor, v: Tensor, *, bounds: list[int], softmax_s
 
     All documents go through FlashAttention where cuDNN does not serve, or on GPUs before Hopper.
     """
-    with_cudnn = compute_capability(q.device) >= (9, 0) and refusal("cudnn", q) is None
+    # PyTorch 2.11 compiles `<` of tuples and fails at `>=`.
+    with_cudnn = not compute_capability(q.device) < (9, 0) and refusal("cudnn", q) is None
     parts: list[tuple[Attend, int]] = []
     for run in runs(bounds, CUDNN_LENGTH) if with_cudnn else [bounds]:
         inside = [bound - run[0] for bound in run]

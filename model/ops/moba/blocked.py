@@ -1,4 +1,10 @@
-"""The `torch` backend: MoBA on any device in memory linear in T, forward and backward (MoBA paper, algorithm 1)."""
+"""The `torch` backend: MoBA on any device in memory linear in T, forward and backward (MoBA paper, algorithm 1).
+
+Its forward pass is one operator of torch's dispatcher, like those of the `triton` backend: activation checkpointing can keep what it
+gives, the chosen blocks among it.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -7,7 +13,7 @@ from torch.nn.functional import pad
 
 from model.ops.moba.blocked_backward import moba_backward
 from model.ops.moba.blocked_forward import moba_forward
-from model.ops.moba.routing import BlockLayout, block_layout, block_means, choose_blocks
+from model.ops.moba.routing import block_layout, block_means, choose_blocks
 from model.ops.moba.tiles import build_tiles
 
 # CPU matrix products round by the alignment of their operands. With head dimensions a multiple of this (64 bytes of fp32)
@@ -33,27 +39,37 @@ def moba_blocked(q: Tensor, k: Tensor, v: Tensor, *, bounds: list[int], block_si
     query_heads = kv_heads * (q.shape[1] // k.shape[1])
     outputs = []
     for q_group, k_group, v_group in zip(q.split(query_heads, 1), k.split(kv_heads, 1), v.split(kv_heads, 1)):
-        chosen = choose_blocks(q_group, block_means(k_group, layout), layout, num_past=num_slots - 1)
-        outputs.append(_BlockedMoba.apply(q_group, k_group, v_group, chosen, layout, softmax_scale))
+        outputs.append(_forward(q_group, k_group, v_group, bounds, block_size, num_slots - 1, softmax_scale)[0])
     return torch.cat(outputs, dim=1)[..., :head_dim]
 
 
-class _BlockedMoba(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, layout: BlockLayout, softmax_scale: float):
-        tiles = build_tiles(chosen, layout, num_kv_heads=k.shape[1])
-        out, lse = moba_forward(q, k, v, layout=layout, tiles=tiles, softmax_scale=softmax_scale)
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse, chosen)
-        ctx.layout, ctx.softmax_scale = layout, softmax_scale
-        return out
+@torch.library.custom_op("moba::blocked_forward", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int], block_size: int, num_past: int, softmax_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output `[T, Hq, D]`, its log-sum-exp, and the chosen blocks int64 `[T, Hq, num_past]`."""
+    layout = block_layout(list(bounds), block_size)
+    chosen = choose_blocks(q, block_means(k, layout), layout, num_past=num_past)
+    tiles = build_tiles(chosen, layout, num_kv_heads=k.shape[1])
+    out, lse = moba_forward(q, k, v, layout=layout, tiles=tiles, softmax_scale=softmax_scale)
+    return out.to(q.dtype), lse, chosen
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out: Tensor):
-        q, k, v, out, lse, chosen = ctx.saved_tensors
-        # Rebuilt, not saved: the sort is cheap and its tables are the size of the saved tensors together.
-        tiles = build_tiles(chosen, ctx.layout, num_kv_heads=k.shape[1])
-        with torch.autocast(q.device.type, enabled=False):
-            grads = moba_backward(d_out, q, k, v, out, lse, layout=ctx.layout, tiles=tiles, softmax_scale=ctx.softmax_scale)
-        return *(grad.to(q.dtype) for grad in grads), None, None, None
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, ctx.bounds, ctx.block_size, _, ctx.softmax_scale = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+@once_differentiable
+def _differentiate(ctx, d_out: Tensor, *_: Tensor):
+    q, k, v, out, lse, chosen = ctx.saved_tensors
+    # Rebuilt, not saved: the sort is cheap and its tables are the size of the saved tensors together.
+    layout = block_layout(list(ctx.bounds), ctx.block_size)
+    tiles = build_tiles(chosen, layout, num_kv_heads=k.shape[1])
+    with torch.autocast(q.device.type, enabled=False):
+        grads = moba_backward(d_out, q, k, v, out, lse, layout=layout, tiles=tiles, softmax_scale=ctx.softmax_scale)
+    return *(grad.to(q.dtype) for grad in grads), None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

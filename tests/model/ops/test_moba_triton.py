@@ -9,6 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from triton.runtime import interpreter
 
+from model.activations import run_layer
+from model.host_memory import HostMemory
 from model.ops.moba import moba_attention, select_blocks
 from model.ops.moba.reference import moba_reference
 from model.ops.moba.triton import operator, plan
@@ -473,6 +475,23 @@ def test_recomputed_activations_give_the_same_bits(target):
     run = partial(moba, bounds=[0, 300], block_size=64, topk=2)
     again = partial(checkpoint, run, use_reentrant=False)
     assert_same_bits(forward_backward(again, inputs), forward_backward(run, inputs))
+
+
+def test_kept_by_selective_checkpointing_the_kernels_run_once(target, monkeypatch):
+    runs, plain = [], operator.moba_forward
+
+    def moba_forward(*args, **sizes):
+        runs.append(sizes["heads"])
+        return plain(*args, **sizes)
+
+    monkeypatch.setattr(operator, "moba_forward", moba_forward)
+    inputs = target.inputs(300, 2, 1, 64, seed=78)
+    run = partial(moba, bounds=[0, 300], block_size=64, topk=2)
+    expected = forward_backward(run, inputs)
+    assert_same_bits(forward_backward(partial(run_layer, run, "selective", HostMemory()), inputs), expected)
+    assert len(runs) == 2
+    assert_same_bits(forward_backward(partial(run_layer, run, "full", HostMemory()), inputs), expected)
+    assert len(runs) == 4
 
 
 def test_autocast_changes_nothing(target):

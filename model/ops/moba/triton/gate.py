@@ -85,14 +85,15 @@ def _gate_kernel(
     elif tile * BQ < length:
         head = first_head + local_head
         dims, column, step = tl.arange(0, D), tl.arange(0, BN), tl.arange(0, 128)
-        q = tl.load(Q + token[:, None] * stride_t + head * stride_h + dims[None, :], mask=inside[:, None], other=0.0)
+        queries = Q + token[:, None] * stride_t + head * stride_h + dims[None, :]
+        q = tl.load(queries, mask=inside[:, None], other=0.0).to(tl.float32)
         means = (head // group) * num_blocks
         longest = tl.zeros((128,), tl.float32)
         for first in range(doc_first, block, 128):
             longest = tl.maximum(longest, tl.load(NORM + means + first + step, mask=first + step < block, other=0.0))
-        q_norm = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)) + 2e-18
-        most = q_norm * (1.01 * tl.max(longest, 0))  # no score is as large
-        q = tl.where((most < float("inf"))[:, None], q, 0.0)  # a score that is not finite could outrank what marks the end
+        most = (tl.sqrt(tl.sum(q * q, 1)) + 2e-18) * (1.01 * tl.max(longest, 0))  # no score is as large
+        # A score that is not finite could outrank what marks the end. Read again, the products take q from shared memory.
+        q = tl.load(queries, mask=(inside & (most < float("inf")))[:, None], other=0.0)
         exponent = tl.maximum(most, 1e-30).to(tl.int32, bitcast=True) >> 23
         scale = ((127 + 22 + 126 - exponent) << 23).to(tl.float32, bitcast=True)  # 2^22 over the next power of two, exactly
         best = tl.where(slot[None, :] < P, -2147483648, 2147483647) + tl.zeros((BQ, SLOTS), tl.int32)

@@ -1,0 +1,79 @@
+"""What the micro-batches of a stage hold: on a rank's device as reckoned from shapes, and in the memory of its machine."""
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs.layers import LayerAttention
+from configs.schema import AttentionBackend, ConfigError, ParallelConfig, Precision, RunConfig, StageConfig
+from model.memory import PassBytes, pass_bytes
+from model.ops.moba.triton.limits import HEAD_DIMS
+from train.distributed import Ranks, gather_objects
+
+# Of a container, by version of cgroups: its limit, what counts against it, and where its statistics say what of that can be had back.
+_CGROUPS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+
+
+def itemsize(parallel: ParallelConfig) -> int:
+    """Bytes of a weight or an activation in the forward pass."""
+    return 2 if parallel.precision is Precision.BF16 else 4
+
+
+def stage_bytes(run: RunConfig, stage: StageConfig, *, world_size: int, gpu: bool) -> PassBytes:
+    """What one micro-batch of a stage holds on one rank."""
+    layers = run.model.num_layers
+    return layers_bytes(run, stage, stage.attention.per_layer(layers), stage.activation.per_layer(layers), world_size=world_size, gpu=gpu)
+
+
+def layers_bytes(
+    run: RunConfig, stage: StageConfig, attention: Sequence[LayerAttention], activation: Sequence[str], *, world_size: int, gpu: bool
+) -> PassBytes:
+    """The same in a model whose layers have `attention` and keep `activation`."""
+    return pass_bytes(
+        run.model,
+        attention,
+        activation,
+        rows=run.micro_batch_rows(stage, world_size),
+        seq_len=stage.seq_len,
+        itemsize=itemsize(run.parallel),
+        gpu=gpu,
+        triton_workspace=stage.attention.workspace if gpu and _triton_serves(run, stage, attention) else 0,
+    )
+
+
+def _triton_serves(run: RunConfig, stage: StageConfig, attention: Sequence[LayerAttention]) -> bool:
+    """Whether `backend` comes to Triton on a GPU: what `model.ops.moba.triton.limits` refuses, `auto` gives to torch."""
+    chosen = stage.attention.backend in (AttentionBackend.AUTO, AttentionBackend.TRITON)
+    fits = run.model.head_dim in HEAD_DIMS and run.parallel.precision is Precision.BF16
+    return chosen and fits and all(kind.block_size % 64 == 0 for kind in attention if kind.kind == "moba")
+
+
+def check_host_memory(run: RunConfig, ranks: Ranks, stages: Sequence[StageConfig]) -> None:
+    """Raises ConfigError where what one of `stages` offloads, on all ranks of a machine, is more than it has free."""
+    machines = gather_objects((socket.gethostname(), free_host_memory()))
+    for stage in stages:
+        host = stage_bytes(run, stage, world_size=ranks.world_size, gpu=ranks.device.type == "cuda").host
+        for name in dict.fromkeys(name for name, _ in machines):
+            free = [left for other, left in machines if other == name]
+            if (needed := host * len(free)) > min(free):
+                count = stage.activation.per_layer(run.model.num_layers).count("offload")
+                raise ConfigError(
+                    f"stages.{run.stages.index(stage)}.activation.rule={stage.activation.rule!r}: the inputs of {count} layers take "
+                    f"{needed / 1e9:.4g} GB of host memory for {len(free)} ranks, {name} has {min(free) / 1e9:.4g} GB free; offload at "
+                    f"most {count * min(free) // needed} layers, or shorten the rows"
+                )
+
+
+def free_host_memory() -> int:
+    """Bytes that this machine, or the container we run in, can still give."""
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    for *names, of_files in _CGROUPS:
+        limit, used, statistics = (Path("/sys/fs/cgroup", name) for name in names)
+        if limit.is_file() and (most := limit.read_text().strip()) != "max":
+            again = dict(line.split() for line in statistics.read_text().splitlines())[of_files]
+            free = min(free, int(most) - int(used.read_text()) + int(again))
+    return max(0, free)
