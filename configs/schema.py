@@ -185,6 +185,29 @@ class DataRow(Enum):
     LOADING = "loading"
 
 
+class EvaluationPart(Enum):
+    """What an evaluation finds out: `perplexity` of long documents; `retrieval` of what stands in a long text; what MoBA's `gates` choose;
+    standard `benchmarks` through the package lm-eval."""
+
+    PERPLEXITY = "perplexity"
+    RETRIEVAL = "retrieval"
+    GATES = "gates"
+    BENCHMARKS = "benchmarks"
+
+
+class RetrievalTask(Enum):
+    """What is asked of a long text, see `train.retrieval`: one code hidden in it (`needle`), one of several (`multi_key`), all codes of one
+    name (`multi_value`), the names that stand for a value (`variable_tracking`), or which words are frequent in a list (`common_words`)
+    and among those strewn over the text (`frequent_words`)."""
+
+    NEEDLE = "needle"
+    MULTI_KEY = "multi_key"
+    MULTI_VALUE = "multi_value"
+    VARIABLE_TRACKING = "variable_tracking"
+    COMMON_WORDS = "common_words"
+    FREQUENT_WORDS = "frequent_words"
+
+
 class TrainingRow(Enum):
     """Rows of the training benchmark: `framework` is this program, `transformers` Hugging Face's class of the same sizes, on one GPU."""
 
@@ -737,10 +760,16 @@ class EvaluationConfig:
     """Held-out rows scored each time, always the same ones; 0 switches evaluation off."""
     position_bucket: int = 2048
     """Tokens in a bucket of positions, for the loss by position."""
+    gate_every_steps: int = 0
+    """Steps between statistics of MoBA's gate on these rows; 0 takes none."""
+    gate_queries: int = 64
+    """Queries of each row whose attention is computed in full for them."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "every_steps", "rows")
-        _at_least(self, 1, "position_bucket")
+        _at_least(self, 0, "every_steps", "rows", "gate_every_steps")
+        _at_least(self, 1, "position_bucket", "gate_queries")
+        has_rows = self.rows > 0 or not self.gate_every_steps
+        _require(has_rows, "gate_every_steps", self.gate_every_steps, "needs held-out rows; set rows above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -986,14 +1015,81 @@ class InspectConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SuiteConfig:
+    """What `scripts.evaluate` finds out, each part at every context length and under every attention."""
+
+    parts: tuple[EvaluationPart, ...] = (EvaluationPart.PERPLEXITY,)
+    """perplexity, retrieval, gates, benchmarks."""
+    gain_from: int = 0
+    """Context, in tokens, from which the gain of each longer one is counted, on the same tokens; 0 counts none."""
+    tasks: tuple[RetrievalTask, ...] = tuple(RetrievalTask)
+    """needle, multi_key, multi_value, variable_tracking, common_words, frequent_words, for `retrieval`."""
+    samples: int = 10
+    """Texts for each task and context length, and for each depth of the needle."""
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Where the needle lies in the text, from its beginning, 0, to its end, 1."""
+    distractors: int = 9
+    """Wrong answers that the right one is ranked among by their log-probability, up to 20."""
+    generate: bool = True
+    """Also let the model write its answers; small models alone can be told apart by the ranks only."""
+    seed: int = 0
+    """Seeds the texts and what is hidden in them."""
+    gate_documents: int = 4
+    """Longest of the documents, for `gates`, cut at the context length."""
+    gate_queries: int = 64
+    """Queries of each document whose attention is computed in full, for `gates`."""
+    benchmarks: tuple[str, ...] = ()
+    """Tasks of lm-eval, such as hellaswag, for `benchmarks`."""
+    benchmark_dir: str = ""
+    """Folder of further task files of lm-eval (YAML), which may name local data."""
+    benchmark_shots: int = -1
+    """Examples before each question; -1 leaves it to the task."""
+    benchmark_limit: int = 0
+    """Questions of each task; 0 takes all."""
+
+    def __post_init__(self) -> None:
+        for key in ("parts", "tasks", "depths", "benchmarks"):
+            values = [value.value if isinstance(value, Enum) else value for value in getattr(self, key)]
+            _require(len(set(values)) == len(values), key, values, "must not hold the same twice")
+            _require(len(values) > 0 or key == "benchmarks", key, "[]", "must hold at least one")
+        for depth in self.depths:
+            _require(0 <= depth <= 1, "depths", depth, "must lie between 0 and 1")
+        _at_least(self, 1, "samples", "distractors", "gate_documents", "gate_queries")
+        _require(self.distractors <= 20, "distractors", self.distractors, "must be at most 20")
+        _at_least(self, 0, "gain_from", "seed", "benchmark_limit")
+        _at_least(self, -1, "benchmark_shots")
+        named = bool(self.benchmarks) or EvaluationPart.BENCHMARKS not in self.parts
+        _require(named, "benchmarks", "[]", "must name tasks of lm-eval, such as hellaswag, as benchmarks is among the parts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StretchConfig:
+    """Positions that reach further than the checkpoint's own."""
+
+    scaling: RopeScaling = RopeScaling.NONE
+    """none leaves the checkpoint's; linear, ntk, yarn or llama3 stretch one that has no scaling."""
+    factor: float = 1.0
+    """How many times further, above 1."""
+
+    def __post_init__(self) -> None:
+        stretched = self.scaling is not RopeScaling.NONE
+        _require(stretched or self.factor == 1, "factor", self.factor, "needs a scaling: linear, ntk, yarn or llama3")
+        _require(not stretched or self.factor > 1, "factor", self.factor, f"must be greater than 1 for scaling={self.scaling.value}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """`scripts.evaluate`: perplexity of held-out long documents."""
+    """`scripts.evaluate`: what a checkpoint makes of held-out long documents."""
 
     checkpoint: str = ""
     """A run folder or its `checkpoints` (the newest valid one), a checkpoint folder, or a folder of `scripts.convert from_hf`."""
     data: DataConfig = field(default_factory=DataConfig)
     output_dir: str = ""
     """Folder of the report; empty: `evaluation` inside the run folder."""
+    suite: SuiteConfig = field(default_factory=SuiteConfig)
+    """What is found out."""
+    rope: StretchConfig = field(default_factory=StretchConfig)
+    """Positions for contexts beyond the checkpoint's."""
     contexts: tuple[int, ...] = ()
     """Context lengths, in tokens; empty: the one it was trained at last."""
     attentions: tuple[str, ...] = ()
@@ -1017,6 +1113,8 @@ class EvaluateConfig:
             _require(context >= 1, "contexts", context, "must be at least 1")
         _at_least(self, 0, "max_documents", "min_document_tokens", "max_document_tokens")
         _require(self.max_document_tokens != 1, "max_document_tokens", 1, "must be 0 or at least 2 (the first token is not scored)")
+        longer = not self.contexts or max(self.contexts) > self.suite.gain_from
+        _require(longer, "suite.gain_from", self.suite.gain_from, f"must be below one of contexts={list(self.contexts)}")
 
 
 @dataclass(frozen=True, kw_only=True)

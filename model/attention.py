@@ -1,5 +1,7 @@
 """Grouped-query attention of one layer: projections, key convolution, RoPE, then attention as the layer's setting says."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,9 @@ from model.ops import full, moba, sliding
 from model.rope import rotate
 from model.sequence_parallel import SequenceParallel
 
+Observer = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""Called with q `[N, Hq, D]`, k and v `[N, Hkv, D]` as a layer attends with them, and cu_seqlens int32 `[n+1]`."""
+
 BACKENDS = tuple(dict.fromkeys(full.BACKENDS + moba.BACKENDS + sliding.BACKENDS))
 
 
@@ -20,6 +25,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.observer: Observer | None = None
+        """Sees what each forward pass attends with; see `Transformer.observed`."""
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
@@ -47,6 +54,8 @@ class Attention(nn.Module):
         With `sequence_parallel` x and what is returned are this rank's stretch of the tokens, table and cu_seqlens all of them.
         """
         q, k, v = self.project(x, table, cu_seqlens, cache, sequence_parallel)
+        if self.observer is not None:
+            self.observer(q, k, v, cu_seqlens)
         if cache is not None:
             cache.append(k, v)
             if cache.length > len(k):

@@ -1,11 +1,23 @@
 """What cached generation keeps of one layer: keys as attention reads them, values and, in a MoBA layer, the means of whole
 blocks; where keys are convolved, the last raw ones too."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from configs.layers import LayerAttention
 from model.ops.moba import update_block_means
+
+
+class Mark(NamedTuple):
+    """A place that a cache can come back to."""
+
+    length: int
+    block_means: Tensor
+    raw_keys: Tensor
+    window: tuple[Tensor, Tensor] | None
+    """Keys and values of a sliding layer, whose places later tokens take."""
 
 
 class LayerCache:
@@ -43,3 +55,15 @@ class LayerCache:
     def values(self) -> Tensor:
         """`[length, Hkv, D]`; in a sliding layer at most `window` of them."""
         return self._values[: self.length]
+
+    def mark(self) -> Mark:
+        """The present place: little but in a sliding layer, since later tokens are written behind it."""
+        window = (self._keys.clone(), self._values.clone()) if self.attention.kind == "sliding" else None
+        return Mark(self.length, self.block_means, self.raw_keys, window)
+
+    def rewind(self, mark: Mark) -> None:
+        """Forget the tokens since `mark`."""
+        self.length, self.block_means, self.raw_keys, window = mark
+        if window is not None:
+            self._keys.copy_(window[0])
+            self._values.copy_(window[1])

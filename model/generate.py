@@ -1,9 +1,12 @@
 """Cached generation of one sequence: sparse in MoBA layers, equal to the uncached forward pass."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Generator, Tensor
 
-from model.cache import LayerCache
+from model.cache import LayerCache, Mark
 from model.transformer import Transformer
 
 
@@ -16,6 +19,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     eos_id: int | None = None,
+    stop: Callable[[list[int]], bool] | None = None,
     seed: int = 0,
 ) -> Tensor:
     """Continue `prompt` with the model's present attention and RoPE.
@@ -26,6 +30,7 @@ def generate(
         temperature: 0 takes the likeliest token; otherwise logits are divided by it and sampled.
         top_p: sample among the likeliest tokens that together reach this probability, in (0, 1].
         eos_id: stop after this token.
+        stop: called with the new tokens so far; stop where it says so.
         seed: of the sampling, which is drawn on the CPU and so does not depend on the device.
 
     Returns: the new tokens alone, int64 `[m]` on the CPU, 1 <= m <= max_new_tokens, `eos_id` included where it came.
@@ -33,12 +38,28 @@ def generate(
     """
     _check(model, prompt, max_new_tokens, temperature, top_p)
     cursor = Cursor(model, capacity=len(prompt) + max_new_tokens)
+    options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "eos_id": eos_id, "stop": stop, "seed": seed}
+    return write_on(cursor, cursor.advance(prompt), max_new_tokens=max_new_tokens, **options)
+
+
+@torch.inference_mode()
+def write_on(
+    cursor: "Cursor",
+    logits: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    eos_id: int | None = None,
+    stop: Callable[[list[int]], bool] | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """As `generate`, behind what `cursor` has read, whose room must do; `logits` `[V]` are those of the next token."""
     generator = Generator().manual_seed(seed)
     new_tokens: list[int] = []
-    logits = cursor.advance(prompt)
     while True:
         new_tokens.append(choose_token(logits, temperature, top_p, generator))
-        if len(new_tokens) == max_new_tokens or new_tokens[-1] == eos_id:
+        if len(new_tokens) == max_new_tokens or new_tokens[-1] == eos_id or (stop and stop(new_tokens)):
             return torch.tensor(new_tokens)
         logits = cursor.advance(torch.tensor(new_tokens[-1:]))
 
@@ -60,6 +81,16 @@ class Cursor:
         bounds = torch.tensor([0, len(tokens)], dtype=torch.int32)
         self.length += len(tokens)
         return self.model.head(self.model.hidden(tokens, positions, bounds, self.caches)[-1])
+
+    def mark(self) -> list[Mark]:
+        """The present place, to come back to."""
+        return [cache.mark() for cache in self.caches]
+
+    def rewind(self, marks: list[Mark]) -> None:
+        """Forget what has been read since `mark`."""
+        self.length = marks[0].length
+        for cache, mark in zip(self.caches, marks, strict=True):
+            cache.rewind(mark)
 
 
 def choose_token(logits: Tensor, temperature: float, top_p: float, generator: Generator) -> int:

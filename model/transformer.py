@@ -3,6 +3,11 @@
 Shape letters: N packed tokens, V vocabulary. All inputs of a call lie on the model's device (cu_seqlens may be on the CPU).
 """
 
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import cast
+
 from torch import Tensor, nn
 
 from configs.layers import ACTIVATIONS, LayerAttention
@@ -92,6 +97,19 @@ class Transformer(nn.Module):
             if kept not in ACTIVATIONS:
                 raise ValueError(f"activation={kept!r}; accepted: {', '.join(ACTIVATIONS)}")
         self.activation = tuple(per_layer)
+
+    @contextlib.contextmanager
+    def observed(self, observe: Callable[[int, Tensor, Tensor, Tensor, Tensor], None]) -> Iterator[None]:
+        """Inside it `observe(layer, q, k, v, cu_seqlens)` sees what each layer attends with, as `model.attention.Observer`, and
+        keeps of it what it will: the model keeps nothing. What it raises ends the forward pass."""
+        attentions = [cast(Attention, layer.attention) for layer in self.layers]
+        try:
+            for index, attention in enumerate(attentions):
+                attention.observer = partial(observe, index)
+            yield
+        finally:
+            for attention in attentions:
+                attention.observer = None
 
     def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits, or the loss of each token where `labels` are given.

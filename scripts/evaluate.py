@@ -1,16 +1,17 @@
-"""Perplexity of held-out long documents: `python -m scripts.evaluate checkpoint=RUN_OR_CHECKPOINT data.prepared_dir=CORPUS`.
+"""What a checkpoint makes of held-out documents: `python -m scripts.evaluate checkpoint=RUN_OR_CHECKPOINT data.prepared_dir=CORPUS`.
 
+    suite=perplexity|long|benchmarks             what is found out: loss, all about long contexts, standard benchmarks
     contexts=[512,2048]                          context lengths, in tokens
     attentions='["full","moba(64, 4)"]'          attention rules to try on the same weights
+    rope.scaling=yarn rope.factor=4              positions for contexts beyond the checkpoint's
 
-Without these two, what the checkpoint was trained with last. Writes evaluation.json, evaluation.md and position.png into output_dir
-(default: `evaluation` in the run folder). Several ranks, `deepspeed --module --no_local_rank scripts.evaluate ...`, share every document.
+Without these, perplexity under what the checkpoint was trained with last. Writes evaluation.json, evaluation.md and figures into
+output_dir (default: `evaluation` in the run folder). Several ranks, `deepspeed --module --no_local_rank scripts.evaluate ...`, share
+every document; they take perplexity alone. docs/evaluation.md says how each part is made and what its figures mean.
 """
 
 import json
-import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -27,28 +28,20 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from configs.checks import divisors
 from configs.mapping import to_mapping
 from configs.registry import command, show
-from configs.schema import ConfigError, EvaluateConfig, Precision
+from configs.schema import ConfigError, EvaluateConfig, EvaluationPart, Precision, RunConfig
 from model.transformer import Transformer
-from scripts.figures import plot_positions
+from scripts.figures import plot_gates, plot_needles, plot_positions
 from scripts.program import run
 from train.checkpoint import resolve
 from train.distributed import Ranks, choose_device, find_ranks, on_main, run_to_end, share_rows
 from train.engine import processes
-from train.evaluate import (
-    AttentionSettings,
-    Document,
-    attention_label,
-    attention_settings,
-    choose_documents,
-    context_lengths,
-    open_corpus,
-    score,
-)
+from train.evaluate import attention_label, attention_settings, choose_documents, context_lengths, open_corpus, stretch
 from train.initial import is_converted, load_into, state_of, tokenizers_of
-from train.report import describe_documents, describe_result, main_table, markdown, result_label
+from train.report import describe_documents, markdown, overview, result_label
 from train.run_dir import describe_launch, write_atomically
+from train.suite import Suite
 
-FILES = ("position.png", "evaluation.md", "evaluation.json")
+Plot = Callable[[Path], None]
 
 
 @command(EvaluateConfig, config_name="evaluate")
@@ -58,7 +51,8 @@ def main(config: EvaluateConfig) -> None:
     with processes(ranks) if ranks.world_size > 1 else nullcontext():
         report = evaluate(config, ranks)
     if ranks.is_main:
-        show("\n".join([main_table(report["results"]), *(str(Path(report["output_dir"]) / name) for name in FILES)]))
+        files = [*_figures(report), "evaluation.md", "evaluation.json"]
+        show("\n".join([overview(report), *(str(Path(report["output_dir"]) / name) for name in files)]))
 
 
 def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> dict[str, Any]:
@@ -70,17 +64,15 @@ def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> dict[str, An
     device = ranks.device
     checkpoint = on_main(ranks, lambda: find_checkpoint(config.checkpoint))
     state = state_of(checkpoint)
-    trained, stage = state.run(), state.stage()
-    num_heads = trained.model.num_heads
-    if num_heads % ranks.world_size:
-        raise ConfigError(
-            f"checkpoint={config.checkpoint}: its model has {num_heads} query heads, which the {ranks.world_size} ranks of this launch do "
-            f"not divide; accepted: {divisors(num_heads)}"
-        )
+    trained = state.run()
+    stage = stretch(state.stage(), trained, config.rope)
+    if ranks.world_size > 1:
+        _check_sharing(config, trained, ranks)
     settings = attention_settings(config, trained, stage)
     contexts = context_lengths(config, trained, stage, settings)
     corpus = open_corpus(config.data, tokenizers_of(checkpoint))
     documents = choose_documents(corpus, config)
+    suite = Suite.prepare(config.suite, corpus, settings, contexts, documents)
     folder = on_main(ranks, lambda: _make_folder(config, checkpoint))
 
     attention, workspace = next(iter(settings.values())), stage.attention.workspace
@@ -89,6 +81,8 @@ def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> dict[str, An
     load_into(model, checkpoint)
     model.to(device, torch.bfloat16 if config.precision is Precision.BF16 else torch.float32).eval()
     share_rows(model, ranks.world_size)
+    with _progress(suite.total_tokens, shown=ranks.is_main) as progress:
+        found = suite.run(model, corpus, config.checkpoint, device, progress)
     report = {
         "run": trained.name,
         "checkpoint": str(checkpoint),
@@ -99,7 +93,7 @@ def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> dict[str, An
         "tokenizer_hash": corpus.tokenizer_hash,
         "documents": describe_documents(documents, corpus.split("heldout").num_documents),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "results": _score_all(config.checkpoint, model, settings, contexts, documents, ranks),
+        **found,
         "output_dir": str(folder),
         "config": to_mapping(config),
         "launch": describe_launch(ranks.world_size),
@@ -119,6 +113,22 @@ def find_checkpoint(path: str) -> Path:
         raise ConfigError(f"checkpoint={error}") from None
 
 
+def _check_sharing(config: EvaluateConfig, trained: RunConfig, ranks: Ranks) -> None:
+    """Raises ConfigError for what ranks that share documents cannot do."""
+    alone = [part.value for part in config.suite.parts if part is not EvaluationPart.PERPLEXITY]
+    if alone:
+        raise ConfigError(
+            f"suite.parts={','.join(alone)}: runs in one process; the {ranks.world_size} ranks of this launch share documents for "
+            "perplexity alone"
+        )
+    num_heads = trained.model.num_heads
+    if num_heads % ranks.world_size:
+        raise ConfigError(
+            f"checkpoint={config.checkpoint}: its model has {num_heads} query heads, which the {ranks.world_size} ranks of this launch do "
+            f"not divide; accepted: {divisors(num_heads)}"
+        )
+
+
 def _make_folder(config: EvaluateConfig, checkpoint: Path) -> Path:
     if not config.output_dir and checkpoint.parent.name != "checkpoints":
         raise ConfigError(f"output_dir='': must be given, {checkpoint} lies in no run folder")
@@ -132,33 +142,6 @@ def _make_folder(config: EvaluateConfig, checkpoint: Path) -> Path:
     return folder
 
 
-def _score_all(
-    checkpoint: str,
-    model: Transformer,
-    settings: AttentionSettings,
-    contexts: tuple[int, ...],
-    documents: list[Document],
-    ranks: Ranks,
-) -> list[dict[str, Any]]:
-    results = []
-    total = len(settings) * len(contexts) * sum(len(document.tokens) - 1 for document in documents)
-    with _progress(total, shown=ranks.is_main) as advance:
-        for label, layers in settings.items():
-            model.set_attention(layers)
-            for context in contexts:
-                started = time.perf_counter()
-                try:
-                    scores = score(
-                        model, documents, context=context, device=ranks.device, advance=partial(advance, f"{label} at {context:,}")
-                    )
-                except torch.cuda.OutOfMemoryError:
-                    raise ConfigError(f"contexts={context}: is too long for this GPU's memory under {label}") from None
-                if not math.isfinite(scores.nats):
-                    raise ConfigError(f"checkpoint={checkpoint}: its losses are not finite under {label} at context {context}")
-                results.append(describe_result(label, [str(layer) for layer in layers], context, scores, time.perf_counter() - started))
-    return results
-
-
 @contextmanager
 def _progress(total: int, *, shown: bool) -> Iterator[Callable[[str, int], None]]:
     """A bar of scored tokens on a terminal's stderr, nothing elsewhere."""
@@ -169,15 +152,29 @@ def _progress(total: int, *, shown: bool) -> Iterator[Callable[[str, int], None]
         yield lambda text, tokens: bar.update(task, advance=tokens, description=text)
 
 
+def _figures(report: dict[str, Any]) -> dict[str, Plot]:
+    """What draws each figure that the report has values for, by file name."""
+    needles = [row for row in report["retrieval"] if row["depth"] is not None]
+    gates = [row for row in report["gates"] if row["heads"] and row["context"] == max(each["context"] for each in report["gates"])]
+    lines = {result_label(result): result["by_position"] for result in report["results"]}
+    drawn: dict[str, tuple[Any, Plot]] = {
+        "position.png": (lines, lambda path: plot_positions(path, lines)),
+        "needle.png": (needles, lambda path: plot_needles(path, needles)),
+        "gates.png": (gates, lambda path: plot_gates(path, gates)),
+    }
+    return {name: plot for name, (values, plot) in drawn.items() if values}
+
+
 def _write(folder: Path, report: dict[str, Any]) -> None:
     """Each file whole or not at all; evaluation.json comes last, so where it is the others are."""
-    figure, text, values = (folder / name for name in FILES)
+    figures = _figures(report)
     try:
-        plot_positions(figure, {result_label(result): result["by_position"] for result in report["results"]})
-        write_atomically(text, markdown(report))
-        write_atomically(values, json.dumps(report, indent=1, allow_nan=False) + "\n")
+        for name, plot in figures.items():
+            plot(folder / name)
+        write_atomically(folder / "evaluation.md", markdown(report))
+        write_atomically(folder / "evaluation.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
     except BaseException as error:
-        for name in FILES:
+        for name in (*figures, "evaluation.md", "evaluation.json"):
             (folder / f".{name}.partial").unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise ConfigError(f"output_dir={folder}: the report could not be written ({error.strerror})") from None

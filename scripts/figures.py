@@ -1,5 +1,6 @@
-"""Figures: perplexity by position, training losses, times and speeds over lengths. No display is needed; colours suit colour-blind eyes."""
+"""Figures of evaluations, training runs, corpora and benchmarks. No display is needed; colours suit colour-blind readers."""
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 # Okabe and Ito's palette, darkest first.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -114,6 +115,77 @@ def plot_lengths(path: Path, title: str, panels: Mapping[str, Sequence[tuple[int
         axes.legend(frameon=False)
         plain(axes)
     save(figure, path)
+
+
+def plot_needles(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a PNG of needles by depth and context length, a line of heat maps for each attention, from needle rows of a report."""
+    contexts, depths = (sorted({row[key] for row in rows}) for key in ("context", "depth"))
+    names = {"written": "written answer is right", "ranked_first": "right answer ranked first"}
+    maps: dict[str, dict[str, list[list[float]]]] = {}
+    for setting in dict.fromkeys(row["attention"] for row in rows):
+        found = {(row["context"], row["depth"]): row for row in rows if row["attention"] == setting}
+        shown = [key for key in names if rows[0][key] is not None]
+        maps[setting] = {names[key]: [[found[context, depth][key] for context in contexts] for depth in depths] for key in shown}
+    _plot_heat_maps(
+        path, maps, x=("context (tokens)", [short_count(context) for context in contexts]), y=("depth", [f"{d:g}" for d in depths])
+    )
+
+
+def plot_gates(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a PNG of the gate's statistics by layer and head, a line of heat maps for each attention, from gate rows of a report."""
+    nothing = [math.nan] * max(len(heads) for row in rows for layers in row["heads"].values() for heads in layers if heads)
+    maps = {
+        f"{row['attention']}, {short_count(row['context'])}": {
+            name.replace("_", " "): [heads or nothing for heads in layers] for name, layers in row["heads"].items()
+        }
+        for row in rows
+    }
+    layers = max(len(values) for panels in maps.values() for values in panels.values())
+    _plot_heat_maps(path, maps, x=("head", list(map(str, range(len(nothing))))), y=("layer", list(map(str, range(layers)))))
+
+
+# Shares of a heat map's figure are coloured from 0 to 1, what may be beyond by its own range.
+_BEYOND_ONE = {"margin", "snr"}
+_MOST_WRITTEN = 120  # cells of a heat map that have their value written in them
+_ABREAST = 4  # heat maps in a line of a figure
+
+
+def _plot_heat_maps(
+    path: Path, maps: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], *, x: tuple[str, list[str]], y: tuple[str, list[str]]
+) -> None:
+    """`maps`: for each name, and each title under it, values [y][x]; `x` and `y` are names of the axes and of their ticks."""
+    columns = min(_ABREAST, max(map(len, maps.values())))
+    lines = [
+        (name, list(panels.items())[first : first + columns]) for name, panels in maps.items() for first in range(0, len(panels), columns)
+    ]
+    width, height = 1.0 + max(2.2, 0.42 * len(x[1])), 1.0 + max(1.3, 0.3 * len(y[1]))
+    figure = Figure(figsize=(columns * width, len(lines) * height), dpi=120, layout="constrained")
+    for row, (name, panels) in zip(figure.subplots(len(lines), columns, squeeze=False), lines):
+        for axes, (title, values) in zip(row, panels):
+            _plot_heat_map(axes, values, x, y, top=None if title in _BEYOND_ONE else 1.0)
+            axes.set_title(f"{name}\n{title}", fontsize=8, loc="left")
+        for axes in row[len(panels) :]:
+            axes.remove()
+    _save(figure, path)
+
+
+def _plot_heat_map(
+    axes: Axes, values: Sequence[Sequence[float]], x: tuple[str, list[str]], y: tuple[str, list[str]], *, top: float | None
+) -> None:
+    """Coloured from 0 to `top`; None takes the values' own range."""
+    image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=None if top is None else 0.0, vmax=top)
+    middle = sum(image.get_clim()) / 2
+    for (row, line), column in itertools.product(enumerate(values), range(len(x[1]))):
+        if len(x[1]) * len(y[1]) <= _MOST_WRITTEN and not math.isnan(line[column]):
+            colour = "black" if line[column] > middle else "white"
+            axes.text(column, row, f"{line[column]:.2g}", ha="center", va="center", fontsize=6, color=colour)
+    for axis, (label, ticks) in ((axes.xaxis, x), (axes.yaxis, y)):
+        every = math.ceil(len(ticks) / 16)
+        axis.set_major_locator(FixedLocator(list(range(0, len(ticks), every))))
+        axis.set_major_formatter(FixedFormatter(ticks[::every]))
+        axis.set_label_text(label, fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.figure.colorbar(image, ax=axes, shrink=0.9).ax.tick_params(labelsize=6)
 
 
 def short_count(value: int) -> str:

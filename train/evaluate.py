@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from configs.layers import LayerAttention
-from configs.schema import ConfigError, DataConfig, EvaluateConfig, RunConfig, StageConfig
+from configs.schema import ConfigError, DataConfig, EvaluateConfig, RopeScaling, RunConfig, StageConfig, StretchConfig
 from data.loader import IGNORE, Batch
 from data.shards import Corpus, DocumentTable
 from data.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ Advance = Callable[[int], None]
 """Called with the number of tokens that have been scored since the last call."""
 
 # Tokens in one forward pass of a document evaluation, where the context is shorter.
-_PASS_TOKENS = 8192
+PASS_TOKENS = 8192
 
 
 def heldout_losses(engine: Engine, batches: Sequence[Batch], ranks: Ranks, *, bucket: int) -> tuple[float, dict[int, float]]:
@@ -35,8 +35,11 @@ def heldout_losses(engine: Engine, batches: Sequence[Batch], ranks: Ranks, *, bu
     nats, targets = torch.zeros(2, num_buckets, dtype=torch.float64, device=ranks.device)
     for batch in batches:
         batch = batch.to(ranks.device)
-        counted = batch.labels.flatten() != IGNORE
-        number = batch.positions.flatten()[counted] // bucket
+        labels, positions = batch.labels.flatten(), batch.positions.flatten()
+        if sharing := engine.module.sequence_parallel:
+            labels, positions = sharing.own_tokens(labels), sharing.own_tokens(positions)
+        counted = labels != IGNORE
+        number = positions[counted] // bucket
         losses = engine.losses(batch)[counted].double()
         nats += torch.bincount(number, losses, num_buckets)
         targets += torch.bincount(number, minlength=num_buckets)
@@ -71,20 +74,42 @@ def attention_label(rule: str, layers: Sequence[LayerAttention]) -> str:
     return str(layers[0]) if len(set(layers)) == 1 else rule
 
 
+def stretch(stage: StageConfig, run: RunConfig, wanted: StretchConfig) -> StageConfig:
+    """The stage with its positions taken further, as evaluation is told to. Raises ConfigError where it has another scaling already."""
+    rope = stage.rope
+    if wanted.scaling is RopeScaling.NONE:
+        return stage
+    if rope.scaling is not RopeScaling.NONE:
+        if rope.scaling is not wanted.scaling:
+            raise ConfigError(
+                f"rope.scaling={wanted.scaling.value}: the checkpoint has scaling={rope.scaling.value}, which alone can go on"
+            )
+        return replace(stage, rope=replace(rope, factor=rope.factor * wanted.factor))
+    original = run.model.max_seq_len if wanted.scaling in (RopeScaling.YARN, RopeScaling.LLAMA3) else 0
+    return replace(stage, rope=replace(rope, scaling=wanted.scaling, factor=wanted.factor, original_max_seq_len=original))
+
+
 def context_lengths(config: EvaluateConfig, run: RunConfig, stage: StageConfig, settings: AttentionSettings) -> tuple[int, ...]:
     """The context lengths to try on a checkpoint of `stage`, in tokens, equal ones once.
 
-    Raises ConfigError for one that the model has no positions for under one of the `settings`.
+    Raises ConfigError for one that the model has no positions for under one of the `settings`, and where none is above
+    `suite.gain_from`.
     """
     contexts = tuple(dict.fromkeys(config.contexts or (stage.seq_len,)))
+    max_seq_len = run.model.max_seq_len
     for label, layers in settings.items():
-        limit = stage.rope.max_context(run.model.max_seq_len, layers)
+        limit = stage.rope.max_context(max_seq_len, layers)
         for context in contexts:
             if limit is not None and context > limit:
+                named = RopeScaling.YARN if stage.rope.scaling is RopeScaling.NONE else stage.rope.scaling
+                reached = (stage.rope.original_max_seq_len or max_seq_len) * stage.rope.factor * stage.rope.interpolation
                 raise ConfigError(
                     f"contexts={context}: is beyond the {limit} tokens that the checkpoint's RoPE is set up for under {label} "
-                    f"(model.max_seq_len={run.model.max_seq_len})"
+                    f"(model.max_seq_len={max_seq_len}); rope.scaling={named.value} rope.factor={math.ceil(context / reached)} would "
+                    "allow it"
                 )
+    if config.suite.gain_from >= max(contexts):
+        raise ConfigError(f"suite.gain_from={config.suite.gain_from}: must be below one of contexts={list(contexts)}")
     return contexts
 
 
@@ -180,12 +205,15 @@ class Scores:
     text_bytes: int = 0
     by_position: dict[int, Bucket] = field(default_factory=dict)
     by_length: dict[int, Bucket] = field(default_factory=dict)
+    documents: list[np.ndarray] = field(default_factory=list)
+    """fp32 losses of each document's tokens 1, 2, ..."""
 
     def add(self, losses: np.ndarray, text_bytes: int) -> None:
         """One document: fp64 losses [tokens - 1] of its tokens 1, 2, ..., and the UTF-8 bytes of the text they spell."""
         self.nats += float(losses.sum())
         self.tokens += len(losses)
         self.text_bytes += text_bytes
+        self.documents.append(losses.astype(np.float32))
         self._count(self.by_length, len(losses) + 1, losses)
         for power in range(len(losses).bit_length()):  # the last position is len(losses)
             low, high = 1 << power, 2 << power
@@ -216,6 +244,39 @@ class Scores:
         The eos counts in the nats and not in the bytes: where a text ends is part of what has to be predicted.
         """
         return self.nats / (math.log(2) * self.text_bytes) if self.text_bytes else math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """What a longer context is worth: losses of the same tokens under it and under a shorter one, in nats."""
+
+    short: float
+    long: float
+    standard_error: float
+    """Of the difference of the means; documents are what is drawn, so tokens of one document count as one."""
+    tokens: int
+    documents: int
+
+    @property
+    def gain(self) -> float:
+        """Nats per token."""
+        return self.short - self.long
+
+
+def gain(short: Scores, long: Scores, context: int) -> Gain | None:
+    """Gain of `long`, scored in a `context` of so many tokens, over `short`, on the tokens that have at least half of it before them;
+    None where no document has one."""
+    first = max(1, context // 2) - 1  # of the losses, which begin with token 1
+    both = zip(short.documents, long.documents, strict=True)
+    pairs = [(under_short[first:], under_long[first:]) for under_short, under_long in both if len(under_long) > first]
+    if not pairs:
+        return None
+    counts = np.array([len(losses) for _, losses in pairs], float)
+    sums = np.array([[losses.sum(dtype=float) for losses in pair] for pair in pairs])
+    means = sums.sum(axis=0) / counts.sum()
+    apart = sums[:, 0] - sums[:, 1] - counts * (means[0] - means[1])
+    error = math.sqrt(np.square(apart).sum()) / counts.sum()
+    return Gain(short=means[0], long=means[1], standard_error=error, tokens=int(counts.sum()), documents=len(pairs))
 
 
 def perplexity(loss: float) -> float:
@@ -268,7 +329,7 @@ def document_losses(
     """
     tokens = tokens.astype(np.int64)  # shards hold uint16, in which IGNORE would wrap around
     losses = np.full(len(tokens) - 1, np.nan)
-    for group in _grouped(windows(len(tokens), context), max(1, _PASS_TOKENS // context)):
+    for group in _grouped(windows(len(tokens), context), max(1, PASS_TOKENS // context)):
         places = [np.arange(window.start, window.stop) for window in group]
         labels = [np.where(place + 1 >= window.first, tokens[place + 1], IGNORE) for place, window in zip(places, group, strict=True)]
         bounds = np.cumsum([0, *map(len, places)])

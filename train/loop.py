@@ -93,6 +93,8 @@ def _train(run: RunConfig, ranks: Ranks, corpus: OpenCorpus, folder: Path, inter
             # An interrupted run has seconds left: it saves, and leaves the evaluation.
             if not interrupted and (ended or _due(trainer.done, run.evaluation.every_steps)):
                 trainer.evaluate(metrics)
+            if not interrupted and _due(trainer.done, run.evaluation.gate_every_steps):
+                trainer.measure_gates(metrics)
             # A run in trouble would push its good checkpoints out by bad ones.
             if interrupted or ended or (_due(trainer.done, run.checkpoint.every_steps) and not trainer.skipped_in_a_row):
                 saver.save(trainer.state())

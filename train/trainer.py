@@ -17,6 +17,7 @@ from train.checkpoint import TrainingState
 from train.distributed import Ranks, gather_objects, sum_over_ranks
 from train.engine import Engine
 from train.evaluate import heldout_losses
+from train.gates import by_layer, heldout_gates
 from train.gpus import peak_flops
 from train.memory import check_host_memory, stage_bytes
 from train.metrics import Metrics, memory_gib
@@ -144,6 +145,13 @@ class Trainer:
 
     def _losses(self, rows: list[Batch]) -> tuple[float, dict[int, float]]:
         return heldout_losses(self.engine, rows, self.ranks, bucket=self.run.evaluation.position_bucket)
+
+    def measure_gates(self, metrics: Metrics) -> None:
+        """Statistics of MoBA's gate on the held-out rows, written as a `gate` event where there is a choice: curves by layer, and
+        each head's figures."""
+        figures = heldout_gates(self.engine, self._heldout, self.ranks, self.run.evaluation.gate_queries)
+        if figures:
+            metrics.event("gate", self.done, context=self.stage.seq_len, **by_layer(figures), heads=figures)
 
     def state(self) -> TrainingState:
         """What a checkpoint after the last step keeps besides tensors."""

@@ -1,15 +1,14 @@
 """Queries, keys and values as a trained model makes them: those of one layer of a checkpoint that reads text."""
 
+import contextlib
 import itertools
-from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.schema import BenchmarkConfig, ConfigError
 from data.shards import Corpus
-from model.attention import Attention
 from model.transformer import Transformer
 from scripts.evaluate import find_checkpoint
 from train.evaluate import open_corpus
@@ -26,7 +25,7 @@ class Trained:
     def __init__(self, model: Transformer, layer: int, tokens: np.ndarray) -> None:
         """`layer` is counted from 0, or from the last, -1; `tokens` `[n]` are ids, at least as many as will be asked for."""
         self.model = model
-        self._attention = cast(Attention, model.layers[layer].attention)
+        self._layer = layer % len(model.layers)
         self._tokens = torch.from_numpy(tokens.astype(np.int64))
 
     @classmethod
@@ -54,19 +53,15 @@ class Trained:
         """
         found: list[tuple[Tensor, Tensor, Tensor]] = []
 
-        def keep(attention: nn.Module, arguments: tuple) -> None:
-            found.append(self._attention.project(*arguments[:3]))
-            raise _Reached
+        def keep(layer: int, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
+            if layer == self._layer:
+                found.append((q, k, v))
+                raise _Reached
 
         device = self.model.embedding.weight.device
         positions = torch.cat([torch.arange(end - start) for start, end in itertools.pairwise(bounds)])
-        handle = self._attention.register_forward_pre_hook(keep)
-        try:
+        with contextlib.suppress(_Reached), self.model.observed(keep):
             self.model.hidden(self._tokens[: bounds[-1]].to(device), positions.to(device), torch.tensor(bounds, dtype=torch.int32))
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
         return found[0]
 
 

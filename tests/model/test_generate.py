@@ -70,6 +70,26 @@ def test_a_sliding_layer_keeps_its_window_and_a_convolution_its_width():
     assert sliding.raw_keys.untyped_storage().nbytes() == 4 * 32 * 4
 
 
+@pytest.mark.parametrize(("width", "rule"), [(0, "moba(8, 3)"), (3, "every 2 moba(8, 2), rest sliding(5)"), (5, "full")])
+def test_a_cursor_that_comes_back_has_read_nothing_since(width, rule):
+    model, (tokens, _, _) = build(tiny_config(key_conv=width), rule).double(), pack([40])
+    cursor = Cursor(model, capacity=40)
+    with torch.inference_mode():
+        cursor.advance(tokens[:14])
+        place = cursor.mark()
+        once = [cursor.advance(tokens[i : i + 1]) for i in range(14, 27)]
+        for later in (tokens.flip(0), tokens):
+            cursor.rewind(place)
+            again = [cursor.advance(later[i : i + 1]) for i in range(14, 27)]
+    assert cursor.length == 27 and all(map(torch.equal, again, once))
+
+
+def test_generation_stops_where_it_is_told():
+    model, (tokens, _, _) = build(tiny_config()), pack([10])
+    new_tokens = generate(model, tokens, max_new_tokens=20)
+    assert torch.equal(generate(model, tokens, max_new_tokens=20, stop=lambda found: len(found) == 6), new_tokens[:6])
+
+
 @pytest.mark.parametrize("rule", ["sliding(9)", "every 2 moba(8, 2), rest sliding(9)"])
 def test_windows_do_not_limit_generation(rule):
     model = build(tiny_config(max_seq_len=16), rule, nope="every 2")

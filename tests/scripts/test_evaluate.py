@@ -24,8 +24,12 @@ from configs.schema import (
     EvaluateConfig,
     ModelConfig,
     RopeConfig,
+    RopeScaling,
+    RunConfig,
     SourceConfig,
     SourceFormat,
+    StageConfig,
+    StretchConfig,
     TokenizerConfig,
     TokenizerKind,
 )
@@ -40,12 +44,13 @@ from scripts.figures import plot_losses, plot_positions, read_metrics, short_cou
 from tests.data.conftest import make_texts, write_jsonl
 from tests.train.helpers import execute, overrides, start_ranks
 from train.distributed import Ranks
-from train.evaluate import Scores, choose_documents, document_losses, windows
+from train.evaluate import Scores, choose_documents, document_losses, gain, stretch, windows
 from train.fragments import FragmentFolder
 
 CPU = torch.device("cpu")
 QUICK = settings(max_examples=200, deadline=None)
 STAGES = (0, 1, 2, 3)
+LINEAR = RopeConfig(scaling=RopeScaling.LINEAR, factor=2.0)
 FULL, MOBA = LayerAttention(kind="full"), LayerAttention(kind="moba", block_size=4, topk=2)
 
 
@@ -107,7 +112,7 @@ def test_windows_packed_together_score_as_they_do_alone(attention, monkeypatch):
     heard = []
     together = document_losses(model, tokens, context=16, device=CPU, advance=heard.append)
     assert sum(heard) == 149
-    monkeypatch.setattr("train.evaluate._PASS_TOKENS", 1)
+    monkeypatch.setattr("train.evaluate.PASS_TOKENS", 1)
     np.testing.assert_allclose(document_losses(model, tokens, context=16, device=CPU), together, atol=2e-5)
 
 
@@ -307,10 +312,12 @@ def test_ranks_that_share_documents_report_as_one_does(asked, runs, corpus, tmp_
         assert [bucket["tokens"] for bucket in ours["by_position"]] == [bucket["tokens"] for bucket in theirs["by_position"]]
 
 
-def test_ranks_that_do_not_divide_the_heads_are_refused(asked, monkeypatch):
+def test_ranks_that_cannot_share_documents_are_refused(asked, monkeypatch):
     monkeypatch.setattr(door, "on_main", lambda ranks, work: work())
     with pytest.raises(ConfigError, match=r"^checkpoint=.*: its model has 4 query heads, which the 3 ranks .* accepted: 1, 2, 4$"):
         evaluate(asked("output_dir=nowhere"), Ranks(rank=0, world_size=3, device=CPU))
+    with pytest.raises(ConfigError, match=r"^suite.parts=retrieval,gates: .* 2 ranks .* perplexity alone"):
+        evaluate(asked("output_dir=nowhere", "suite.parts=[perplexity,retrieval,gates]"), Ranks(rank=0, world_size=2, device=CPU))
     assert not Path("nowhere").exists()
 
 
@@ -328,6 +335,44 @@ def test_the_command_prints_the_table_and_the_files(asked, runs, corpus, capsys,
     with pytest.raises(SystemExit) as ended:
         door.main()
     assert ended.value.code == 2 and "checkpoint='': must be a run folder" in capsys.readouterr().err
+
+
+# Suites
+
+
+def test_stretched_positions_reach_further(asked, tmp_path):
+    report = evaluate(asked("rope.scaling=yarn", "rope.factor=2", f"output_dir={tmp_path}", "contexts=[1024]", "max_documents=1"))
+    plain = evaluate(asked(f"output_dir={tmp_path}", "contexts=[512]", "max_documents=1"))
+    assert report["results"][0]["context"] == 1024 and report["results"][0]["loss"] != plain["results"][0]["loss"]
+    with pytest.raises(ConfigError, match="scaling=linear, which alone can go on"):
+        stretch(StageConfig(rope=LINEAR), RunConfig(), StretchConfig(scaling=RopeScaling.NTK, factor=2.0))
+    further = stretch(StageConfig(rope=LINEAR), RunConfig(), StretchConfig(scaling=RopeScaling.LINEAR, factor=3.0))
+    assert further.rope.factor == 6.0
+
+
+def test_gain_is_of_the_same_tokens_with_documents_as_draws():
+    rng = np.random.default_rng(0)
+    short, long = Scores(), Scores()
+    losses = [(rng.random(n), rng.random(n)) for n in (100, 60, 7)]
+    for under_short, under_long in losses:
+        short.add(under_short, 1)
+        long.add(under_long, 1)
+    found = gain(short, long, context=32)
+    counted = [(a[15:], b[15:]) for a, b in losses[:2]]  # from token 16 on
+    assert (found.documents, found.tokens) == (2, 85 + 45)
+    assert found.short == pytest.approx(np.concatenate([a for a, _ in counted]).mean())
+    difference = np.concatenate([a - b for a, b in counted]).mean()
+    assert found.gain == pytest.approx(difference, abs=1e-6)
+    clusters = [(a - b - difference).sum() for a, b in counted]
+    assert found.standard_error == pytest.approx(math.sqrt(sum(c * c for c in clusters)) / 130, rel=1e-4)
+    assert gain(short, long, context=300) is None
+
+
+def test_benchmarks_without_their_package_are_one_line(asked, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "train.harness", raising=False)
+    message = refused(lambda: asked("suite=benchmarks"))
+    assert message.startswith("suite.parts=benchmarks: the package lm-eval is not installed") and "pip install lm-eval" in message
 
 
 # Mistakes
@@ -349,7 +394,15 @@ def test_mistakes_are_named_before_the_work(asked, tmp_path, corpus, monkeypatch
     longest = Corpus.open(corpus).split("heldout").lengths.max()
     mistakes = {
         f"checkpoint={tmp_path}/none": [f"checkpoint={tmp_path}/none: no such checkpoint or run folder"],
-        "contexts=[16,513]": ["contexts=513", "model.max_seq_len=512"],
+        "contexts=[16,1030]": ["contexts=1030", "model.max_seq_len=512", "rope.scaling=yarn rope.factor=3 would allow it"],
+        "rope.factor=2": ["rope.factor=2.0", "needs a scaling: linear, ntk, yarn or llama3"],
+        "rope.scaling=ntk": ["rope.factor=1.0", "greater than 1"],
+        "suite=long": ["suite.gain_from=1024", "below one of contexts=[16, 128]"],
+        "suite.parts=[retrieval]": ["held-out documents have 18 words; retrieval needs more"],
+        "suite.tasks=[]": ["suite.tasks", "must hold at least one"],
+        "suite.depths=[0.5,2]": ["suite.depths=2", "between 0 and 1"],
+        "suite.distractors=21": ["suite.distractors=21", "at most 20"],
+        "suite.parts=[benchmarks]": ["suite.benchmarks", "must name tasks of lm-eval"],
         "contexts=[0]": ["contexts=0", "at least 1"],
         f"data.prepared_dir={other}": [str(other), *hashes],
         f"data.prepared_dir={no_heldout}": [f"data.prepared_dir={no_heldout}: has no held-out documents"],
@@ -361,6 +414,7 @@ def test_mistakes_are_named_before_the_work(asked, tmp_path, corpus, monkeypatch
         f"output_dir={tmp_path}/file": [f"output_dir={tmp_path}/file: is a file"],
         f"output_dir={tmp_path}/file/below": [f"output_dir={tmp_path}/file/below: cannot be made"],
     }
+    assert "no layer is MoBA" in refused(lambda: asked("suite.parts=[gates]", "attentions=[full]"))
     for override, wanted in mistakes.items():
         message = refused(lambda override=override: asked(override))
         assert all(words in message for words in wanted), message

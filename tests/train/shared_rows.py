@@ -29,6 +29,7 @@ from train.calibrate import kept_bytes
 from train.distributed import Ranks, find_ranks, run_to_end, share_rows, sum_over_ranks
 from train.engine import Engine, processes
 from train.evaluate import document_losses
+from train.gates import heldout_gates
 
 # Pieces of rows: few end where a rank's stretch does, which is 24 or 12 tokens; one has a single token.
 ROWS = ([48], [5, 1, 30, 12], [17, 31], [24, 24], [3, 3, 42], [47, 1])
@@ -104,11 +105,12 @@ def found(case: Case, model: Transformer, micro_batches: list[Batch], ranks: Ran
         losses.append(engine.micro_step(batch.to(ranks.device), weight=ranks.world_size / batch.step_targets, last=batch is mine[-1]))
     engine.step(LR)
     (loss,) = sum_over_ranks([float(sum(losses)) / mine[0].step_targets], ranks.device)
-    with _gathered(model) if case["zero"] == 3 else nullcontext():
+    with gathered(model) if case["zero"] == 3 else nullcontext():
         return loss, {name: (before[name] - parameter.detach().cpu().double()) / LR for name, parameter in model.named_parameters()}
 
 
-def _gathered(model: Transformer) -> AbstractContextManager:
+def gathered(model: Transformer) -> AbstractContextManager:
+    """Inside it a rank has all of the parameters, of which ZeRO-3 leaves it a part."""
     import deepspeed  # it decides for a device as it is imported, and tests import this file
 
     return deepspeed.zero.GatheredParameters(list(model.parameters()))
@@ -134,6 +136,18 @@ def scored(ranks: Ranks) -> float:
     alone = document_losses(model, tokens, context=51, device=ranks.device)
     share_rows(model, ranks.world_size)
     return float(np.abs(document_losses(model, tokens, context=51, device=ranks.device) - alone).max())
+
+
+def gates(ranks: Ranks) -> dict[str, float]:
+    """Statistics of gates: largest difference between ranks that share rows and such that do not, and between the heads of a layer."""
+    config, figures = tiny_config(num_kv_heads=1), []
+    for degree in (1, ranks.world_size):
+        parallel = ParallelConfig(sequence_parallel=degree)
+        engine = Engine(build(config, "moba(8, 2)").to(ranks.device), parallel=parallel, optim=OptimConfig(), ranks=ranks)
+        found = heldout_gates(engine, batches(config, 3, 2), ranks, num_queries=20)
+        figures.append(np.array(list(found.values())))
+    alone, shared = figures
+    return {"error": float(np.abs(shared - alone).max()), "between_heads": float(np.ptp(alone, axis=-1).max())}
 
 
 def held(ranks: Ranks) -> dict[str, list[int]]:
@@ -177,7 +191,7 @@ def main() -> None:
     train_engine.deepspeed_config = lambda *arguments: plain_config(*arguments) | {"zero_allow_untested_optimizer": True}
     with processes(ranks):
         errors = [compare(case, ranks) for case in json.loads(cases.read_text())]
-        found = {"errors": errors, "scored": scored(ranks), "held": held(ranks), "sent": sent(ranks)}
+        found = {"errors": errors, "scored": scored(ranks), "gates": gates(ranks), "held": held(ranks), "sent": sent(ranks)}
         if ranks.is_main:
             out.write_text(json.dumps(found))
 

@@ -45,7 +45,8 @@ def _drive(jobs: list[dict], folder: Path, num_ranks: int, start=start_ranks):
 
 
 def _job(corpus: Path, run_dir: Path, stage: int) -> dict:
-    return {"overrides": overrides(corpus, run_dir, f"parallel=zero{stage}")}
+    gates = ("evaluation.rows=3", "evaluation.gate_every_steps=4")  # an odd number: one of two ranks has a row for its shape alone
+    return {"overrides": overrides(corpus, run_dir, f"parallel=zero{stage}", *gates)}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,8 @@ def test_a_killed_run_goes_on_to_the_bit(whole, corpus, tmp_path, stage, kill, n
     assert resumed.returncode == 0, resumed.stderr
     assert steps(tmp_path / "run") == steps(unbroken)
     # Besides losses and gradient norms, which no other rows would give: the place in the stream, and the held-out loss of the end.
-    assert events(tmp_path / "run", "evaluation") == events(unbroken, "evaluation")
+    for name in ("evaluation", "gate"):
+        assert events(tmp_path / "run", name) == events(unbroken, name)
     assert _state(tmp_path / "run")["stream"] == _state(unbroken)["stream"]
     assert [event["step"] for event in events(tmp_path / "run", "resume")] == [4]
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000004", f"step_{STEPS:08d}"]
@@ -141,7 +143,7 @@ def test_what_two_ranks_saved_is_taken_over_to_the_bit(whole, corpus, ranks, tmp
     for (part, name), fragment in found.items():
         whole_part = files.read(part, name, 0, math.prod(files.shapes[name]))
         assert fragment.start == 0 and torch.equal(fragment.values, whole_part) and bool(whole_part.any())
-    rows = heldout_rows(Corpus.open(corpus), seq_len=128, rows=2)
+    rows = heldout_rows(Corpus.open(corpus), seq_len=128, rows=3)
     (event,) = [event for event in events(whole[2] / "zero3", "evaluation") if event["step"] == STEPS]
     losses = [engine.losses(row).sum().item() for row in rows]
     assert sum(losses) / rows[0].step_targets == pytest.approx(event["heldout_loss"], rel=1e-6)
@@ -221,3 +223,14 @@ def test_every_layout_trains_alike(whole):
             for (_, loss, norm), (_, other_loss, other_norm) in zip(reference, steps(folder / f"zero{stage}"), strict=True):
                 assert other_loss == pytest.approx(loss, rel=ROUNDING)
                 assert other_norm == pytest.approx(norm, rel=20 * ROUNDING)
+
+
+def test_every_layout_measures_the_gate_alike(whole):
+    reference = events(whole[1] / "zero0", "gate")
+    assert [event["step"] for event in reference] == [4, STEPS]
+    for folder in whole.values():
+        for stage in STAGES:
+            for event, other in zip(reference, events(folder / f"zero{stage}", "gate"), strict=True):
+                assert event.keys() == other.keys()
+                for name, layers in event["heads"].items():
+                    assert other["heads"][name] == [pytest.approx(heads, abs=0.02) for heads in layers], name

@@ -21,6 +21,7 @@ from configs.schema import ConfigError, DataConfig, SourceConfig, SourceFormat, 
 from data.loader import IGNORE, heldout_rows
 from data.prepare import prepare
 from data.shards import Corpus
+from model.ops.moba import gate_statistics
 from model.transformer import Transformer
 from tests.train.helpers import STEPS, environment, events, lines, load_weights, make_run, overrides, small_disk, steps
 from train import checkpoint, saving
@@ -493,7 +494,8 @@ def test_a_missing_corpus_names_the_command(ranks, tmp_path):
 def test_wandb_offline_and_tensorboard_get_the_figures(corpus, ranks, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    train(make_run(corpus, tmp_path / "run", "logging.wandb=true", "logging.tensorboard=true", "max_steps=2"), ranks)
+    more = ("logging.wandb=true", "logging.tensorboard=true", "evaluation.gate_every_steps=2", "max_steps=2")
+    train(make_run(corpus, tmp_path / "run", *more), ranks)
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -501,6 +503,38 @@ def test_wandb_offline_and_tensorboard_get_the_figures(corpus, ranks, tmp_path, 
     events_read.Reload()
     assert [round(point.value, 4) for point in events_read.Scalars("loss")] == [round(loss, 4) for _, loss, _ in steps(tmp_path / "run")]
     assert "evaluation/heldout_loss" in events_read.Tags()["scalars"]
+    (gate,) = events(tmp_path / "run", "gate")
+    for layer in range(2):
+        (point,) = events_read.Scalars(f"gate/mass/layer_{layer}")
+        assert point.value == pytest.approx(gate["mass"][f"layer_{layer}"]) == pytest.approx(np.mean(gate["heads"]["mass"][layer]))
+
+
+def test_the_gate_is_measured_on_what_the_layers_attend_with(corpus, ranks, tmp_path):
+    """One layer is full, the other's figures are those of its q and k on the held-out rows."""
+    run = make_run(corpus, tmp_path / "run", 'attention.rule="last 1 full, rest moba"', "evaluation.gate_every_steps=2", "max_steps=2")
+    train(run, ranks)
+    (event,) = events(tmp_path / "run", "gate")
+    model = Transformer(run.model, run.stages[0].attention.per_layer(2), run.stages[0].rope).eval()
+    load_into(model, tmp_path / "run" / "checkpoints" / "step_00000002")
+    found = []
+
+    def see(layer, q, k, v, cu_seqlens):
+        if layer == 0:
+            found.append(gate_statistics(q, k, block_size=32, topk=2, num_queries=64, cu_seqlens=cu_seqlens))
+
+    with torch.no_grad(), model.observed(see):
+        for batch in heldout_rows(Corpus.open(corpus), seq_len=128, rows=2):
+            model(batch.tokens.flatten(), batch.positions.flatten(), batch.cu_seqlens)
+    expected = (found[0] + found[1]).means()
+    assert event["heads"] == {name: [pytest.approx(heads, abs=1e-5), None] for name, heads in expected.items()}
+    assert event["mass"].keys() == {"layer_0"} and 0 < event["mass"]["layer_0"] < event["best_mass"]["layer_0"] < 1
+
+
+def test_statistics_of_a_gate_need_rows_and_a_choice(corpus, ranks, tmp_path):
+    with pytest.raises(ConfigError, match=r"evaluation.gate_every_steps=4: needs held-out rows; set rows above 0"):
+        make_run(corpus, tmp_path / "run", "evaluation.gate_every_steps=4", "evaluation.rows=0")
+    train(make_run(corpus, tmp_path / "run", "attention.rule=full", "evaluation.gate_every_steps=1", "max_steps=1"), ranks)
+    assert events(tmp_path / "run", "gate") == []
 
 
 def test_a_terminal_gets_lines(corpus, ranks, tmp_path, capfd):

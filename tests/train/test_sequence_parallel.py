@@ -48,6 +48,7 @@ def _check(cases: list[Case], folder: Path, *, num_ranks: int) -> None:
     for case, errors in zip(cases, found, strict=True):
         assert {name: error for name, error in errors.items() if not error < ROUNDING} == {}, case
     assert shown["scored"] < 1e-6
+    assert shown["gates"]["error"] < 1e-5 and shown["gates"]["between_heads"] > 0.1
     assert shown["sent"][0] == shown["sent"][1] > 0
     for counted, reckoned in shown["held"].values():
         assert reckoned == pytest.approx(counted, rel=1e-3)  # copies of convolutions' weights are not reckoned
@@ -82,6 +83,7 @@ def runs(corpus, tmp_path_factory) -> Path:
     """A folder of runs on two ranks that differ in how the ranks are laid out; `changed` changes its layout half way."""
     folder = tmp_path_factory.mktemp("runs")
     model = ("attention.rule='last 1 full, rest moba'", "model.key_conv=3", "parallel.micro_batch_tokens=128")
+    evaluated = ("evaluation.position_bucket=32", "evaluation.gate_every_steps=4")
     shared = "parallel.sequence_parallel=2"
     plans = [
         ("data", []),
@@ -91,7 +93,7 @@ def runs(corpus, tmp_path_factory) -> Path:
         ("changed", [shared, "max_steps=4"]),
         ("changed", []),
     ]
-    jobs = [{"overrides": overrides(corpus, folder / name, *model, *more), "kill_in_step": None} for name, more in plans]
+    jobs = [{"overrides": overrides(corpus, folder / name, *model, *evaluated, *more), "kill_in_step": None} for name, more in plans]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     done = start_ranks(["tests.train.driver", str(folder / "jobs.json")], num_ranks=2)
     assert done.returncode == 0, done.stderr
@@ -108,8 +110,11 @@ def test_a_run_does_not_depend_on_how_ranks_are_laid_out(runs, name):
             assert ours[key] == theirs[key]
         flops = [line["flops_executed_per_second"] * line["step_seconds"] for line in (ours, theirs)]
         assert flops[0] == pytest.approx(flops[1], rel=1e-9)
-    losses = [[event["heldout_loss"] for event in events(runs / each, "evaluation")] for each in (name, "data")]
-    assert losses[0] == pytest.approx(losses[1], rel=2e-4)
+    for ours, theirs in zip(events(runs / name, "evaluation"), events(runs / "data", "evaluation"), strict=True):
+        assert ours["heldout_loss"] == pytest.approx(theirs["heldout_loss"], rel=2e-4)
+        assert ours["by_position"] == pytest.approx(theirs["by_position"], rel=2e-4) and len(ours["by_position"]) == 4
+    for ours, theirs in zip(events(runs / name, "gate"), events(runs / "data", "gate"), strict=True):
+        assert ours["mass"] == pytest.approx(theirs["mass"], abs=0.02)
 
 
 def test_bf16_follows_fp32(runs):

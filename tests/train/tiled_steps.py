@@ -6,7 +6,7 @@ the smallest parameter.
 
 import json
 import sys
-import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,9 +17,10 @@ from data.loader import Batch
 from model.init import initialise
 from model.ops.loss import IGNORE, rows, tiled
 from model.transformer import Transformer
+from tests.train.shared_rows import gathered
 from train import engine
-from train.distributed import Ranks, find_ranks, from_main, run_to_end
-from train.engine import Engine, deepspeed_config, load_weights, processes
+from train.distributed import Ranks, find_ranks, run_to_end
+from train.engine import Engine, deepspeed_config, processes
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "ffn_size": 24}
 ROWS, ROW, TILE = 6, 20, 8  # rows of a step over all ranks, tokens in a row and in a tile
@@ -69,20 +70,8 @@ def step(ranks: Ranks, *, stage: int, tied: bool, in_tiles: bool, accumulation: 
             losses.append(float(built.micro_step(batch, weight=ranks.world_size / batch.step_targets, last=batch is micro_batches[-1])))
     assert counted.call_count == (sum(-(-batch.tokens.numel() // TILE) for batch in micro_batches) if in_tiles else 0)
     built.step(1.0)
-    weights = dict(model.named_parameters()) if stage < 3 else _whole(built)
-    return {"losses": losses, **{name: weight.tolist() for name, weight in weights.items()}}
-
-
-def _whole(built: Engine) -> dict[str, torch.Tensor]:
-    """Of which each rank has a part."""
-    with tempfile.TemporaryDirectory() as own:
-        folder = Path(from_main(own))
-        built.save(folder)
-        torch.distributed.barrier()
-        weights = load_weights(folder, zero_stage=3)
-        torch.distributed.barrier()  # nobody's folder goes while another reads it
-    weights.pop("head.weight" if built.module.config.tie_embeddings else "", None)
-    return weights
+    with gathered(model) if stage == 3 else nullcontext():
+        return {"losses": losses, **{name: weight.tolist() for name, weight in model.named_parameters()}}
 
 
 def main() -> None:

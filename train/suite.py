@@ -1,0 +1,161 @@
+"""The parts of an evaluation: the same weights under each attention setting and at each context length. Results are plain values."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from configs.layers import LayerAttention
+from configs.schema import ConfigError, EvaluationPart, SuiteConfig
+from data.shards import Corpus
+from model.transformer import Transformer
+from train.evaluate import AttentionSettings, Document, Scores, gain, score
+from train.gates import document_gates
+from train.recall import Answer, answer
+from train.report import describe_gain, describe_result
+from train.retrieval import Sample, make_samples
+
+if TYPE_CHECKING:
+    from train.harness import Benchmarks
+
+Values = dict[str, Any]
+Progress = Callable[[str, int], None]
+"""Called with what is being done and the number of tokens read since the last call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """All that an evaluation needs but the weights, made before they are read, so that mistakes show first."""
+
+    config: SuiteConfig
+    settings: AttentionSettings
+    contexts: tuple[int, ...]
+    documents: list[Document]
+    samples: list[Sample]
+    benchmarks: "Benchmarks | None"
+
+    @classmethod
+    def prepare(
+        cls, config: SuiteConfig, corpus: Corpus, settings: AttentionSettings, contexts: tuple[int, ...], documents: list[Document]
+    ) -> "Suite":
+        """Raises ConfigError for samples that do not fit, benchmarks that are not there, gates where no layer has one."""
+        samples = make_samples(corpus, config, contexts) if EvaluationPart.RETRIEVAL in config.parts else []
+        with_gates = any(layer.kind == "moba" for layers in settings.values() for layer in layers)
+        if EvaluationPart.GATES in config.parts and not with_gates:
+            raise ConfigError(
+                f"attentions={list(settings)}: no layer is MoBA, whose gates suite.parts asks for; add one such as moba(64, 4)"
+            )
+        benchmarks = _open_benchmarks(config) if EvaluationPart.BENCHMARKS in config.parts else None
+        return cls(config=config, settings=settings, contexts=contexts, documents=documents, samples=samples, benchmarks=benchmarks)
+
+    @property
+    def scored_contexts(self) -> tuple[int, ...]:
+        """Context lengths of the perplexity part: the one that gain is counted from comes first."""
+        first = (self.config.gain_from,) if self.config.gain_from else ()
+        return tuple(dict.fromkeys((*first, *self.contexts)))
+
+    @property
+    def total_tokens(self) -> int:
+        """What `run` reports to its progress."""
+        scored = len(self.scored_contexts) * sum(len(document.tokens) - 1 for document in self.documents)
+        read = sum(len(sample.prompt) for sample in self.samples)
+        return len(self.settings) * (scored * (EvaluationPart.PERPLEXITY in self.config.parts) + read)
+
+    def run(self, model: Transformer, corpus: Corpus, checkpoint: str, device: torch.device, progress: Progress) -> dict[str, list[Values]]:
+        """What each part found, under its key of evaluation.json; a part that was not asked for has found nothing.
+
+        Raises ConfigError where losses are not finite, the GPU's memory does not do, or benchmarks cannot be run.
+        """
+        found: dict[str, list[Values]] = {"results": [], "retrieval": [], "gates": [], "benchmarks": []}
+        parts = self.config.parts
+        for label, layers in self.settings.items():
+            model.set_attention(layers)
+            name = {"attention": label, "layers": [str(layer) for layer in layers]}
+            if EvaluationPart.PERPLEXITY in parts:
+                found["results"] += self._perplexity(name, model, checkpoint, device, progress)
+            for context in self.contexts:
+                with _memory_suffices(context, label):
+                    mine = [sample for sample in self.samples if sample.context == context]
+                    found["retrieval"] += self._retrieval(
+                        name, model, mine, corpus, partial(progress, f"{label}, retrieval at {context:,}")
+                    )
+                    if EvaluationPart.GATES in parts:
+                        found["gates"] += self._gates(name, model, layers, context, device)
+            if self.benchmarks is not None:
+                found["benchmarks"] += self._benchmarks(name, model, corpus, device)
+        return found
+
+    def _perplexity(self, name: Values, model: Transformer, checkpoint: str, device: torch.device, progress: Progress) -> Iterator[Values]:
+        label, short = name["attention"], Scores()
+        for context in self.scored_contexts:
+            started = time.perf_counter()
+            with _memory_suffices(context, label):
+                advance = partial(progress, f"{label} at {context:,}")
+                scores = score(model, self.documents, context=context, device=device, advance=advance)
+            if not math.isfinite(scores.nats):
+                raise ConfigError(f"checkpoint={checkpoint}: its losses are not finite under {label} at context {context}")
+            result = describe_result(label, name["layers"], context, scores, time.perf_counter() - started)
+            if context == self.config.gain_from:
+                short = scores
+            elif context > self.config.gain_from > 0:
+                result["gain"] = describe_gain(self.config.gain_from, gain(short, scores, context))
+            yield result
+
+    def _retrieval(
+        self, name: Values, model: Transformer, samples: Sequence[Sample], corpus: Corpus, advance: Callable[[int], None]
+    ) -> Iterator[Values]:
+        answers: dict[tuple, list[Answer]] = {}
+        for sample in samples:
+            key = (sample.task.value, sample.context, sample.depth)
+            answers.setdefault(key, []).append(answer(model, sample, corpus.tokenizer, write=self.config.generate))
+            advance(len(sample.prompt))
+        for (task, context, depth), of in answers.items():
+            yield {
+                **name,
+                "task": task,
+                "context": context,
+                "depth": depth,
+                "samples": len(of),
+                "written": sum(each.written or 0.0 for each in of) / len(of) if self.config.generate else None,
+                "ranked_first": sum(each.rank == 1 for each in of) / len(of),
+                "mean_rank": sum(each.rank for each in of) / len(of),
+                "candidates": 1 + self.config.distractors,
+                "loss": sum(each.loss for each in of) / len(of),
+            }
+
+    def _gates(
+        self, name: Values, model: Transformer, layers: Sequence[LayerAttention], context: int, device: torch.device
+    ) -> Iterator[Values]:
+        if any(layer.kind == "moba" for layer in layers):
+            texts = [document.tokens[:context] for document in self.documents[: self.config.gate_documents]]
+            heads = document_gates(model, texts, num_queries=self.config.gate_queries, device=device)
+            yield {**name, "context": context, "documents": len(texts), "heads": heads}
+
+    def _benchmarks(self, name: Values, model: Transformer, corpus: Corpus, device: torch.device) -> Iterator[Values]:
+        from train.harness import HarnessModel
+
+        assert self.benchmarks is not None
+        asked = HarnessModel(model, corpus.tokenizer, context=max(self.contexts), device=device)
+        for row in self.benchmarks.run(asked):
+            yield {**name, "context": max(self.contexts), **row, "cut_requests": asked.cut}
+
+
+def _open_benchmarks(config: SuiteConfig) -> "Benchmarks":
+    try:
+        from train.harness import Benchmarks
+    except ImportError as error:
+        raise ConfigError(f"suite.parts=benchmarks: the package lm-eval is not installed ({error}); pip install lm-eval") from None
+    return Benchmarks(config)
+
+
+@contextmanager
+def _memory_suffices(context: int, label: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise ConfigError(f"contexts={context}: is too long for this GPU's memory under {label}") from None
