@@ -44,19 +44,29 @@ def plot_positions(path: Path, series: Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def plot_losses(path: Path, runs: Mapping[str, Path]) -> None:
-    """Writes a PNG of training loss over tokens, from each named run's metrics.jsonl, with held-out evaluations as markers.
+    """Writes a PNG of training loss over tokens, from each named run's metrics.jsonl, with held-out evaluations as markers and a dotted
+    line at each switch that changed the loss.
 
-    Losses are running means over as many steps for all runs, a fiftieth of the longest; skipped steps without a loss are left out.
+    Losses are running means over as many steps for all runs, a fiftieth of the longest; skipped steps without a loss are left out. What
+    comes before a twentieth of the tokens may lie above the figure, which would be flat otherwise.
     """
     histories = {name: _read_history(file) for name, file in runs.items()}
-    window = max(1, max(len(training) for training, _ in histories.values()) // 50)
+    window = max(1, max(len(training) for training, *_ in histories.values()) // 50)
     figure, axes = _new_figure()
-    for number, (name, (training, heldout)) in enumerate(histories.items()):
-        axes.plot(*zip(*_running_mean(training, window)), label=name, **style(number))
+    drawn = []
+    for number, (name, (training, heldout, switches)) in enumerate(histories.items()):
+        line = _running_mean(training, window)
+        axes.plot(*zip(*line), label=name, **style(number))
+        drawn += [*line, *heldout]
         if heldout:
             label = f"{name}, held out"
             axes.plot(*zip(*heldout), label=label, marker=marker(number), markerfacecolor="white", linestyle="none", **style(number))
+        for tokens in switches:
+            axes.axvline(tokens, linestyle=":", **style(number))
+    last = max(tokens for tokens, _ in drawn)
     axes.set_xlim(left=0)
+    low, high = min(loss for _, loss in drawn), max(loss for tokens, loss in drawn if tokens >= last / 20)
+    axes.set_ylim(low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:g}"))
     axes.set_xlabel("training tokens (millions)")
     axes.set_ylabel("loss (nats per token)" + (f", mean of {window} steps" if window > 1 else ""))
@@ -166,7 +176,7 @@ def _plot_heat_maps(
             axes.set_title(f"{name}\n{title}", fontsize=8, loc="left")
         for axes in row[len(panels) :]:
             axes.remove()
-    _save(figure, path)
+    save(figure, path)
 
 
 def _plot_heat_map(
@@ -209,18 +219,21 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _read_history(file: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """(tokens, loss) of the training steps and of the held-out evaluations."""
-    training, heldout = {}, {}
+def _read_history(file: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]], list[int]]:
+    """(tokens, loss) of the training steps and of the held-out evaluations; the tokens of each switch that changed the loss."""
+    training, heldout, switches = {}, {}, []
     tokens = {0: 0}
     for values in read_metrics(file):
-        step = values["step"]
-        if "event" not in values:
+        step, event = values["step"], values.get("event")
+        if event is None:
             tokens[step] = values["tokens"]
             training[step] = values["loss"]
-        elif values["event"] == "evaluation":
+        elif event == "evaluation":
             heldout[step] = values["heldout_loss"]
-    return tuple([(tokens[step], loss) for step, loss in found.items() if loss is not None] for found in (training, heldout))  # type: ignore[return-value]
+        elif event == "switch" and values["loss_before"] != values["loss_after"]:
+            switches.append(tokens[step])
+    points = [[(tokens[step], loss) for step, loss in found.items() if loss is not None] for found in (training, heldout)]
+    return points[0], points[1], switches
 
 
 def _running_mean(points: Sequence[tuple[int, float]], window: int) -> list[tuple[int, float]]:
