@@ -41,6 +41,9 @@ def layers_bytes(
         itemsize=itemsize(run.parallel),
         gpu=gpu,
         triton_workspace=stage.attention.workspace if gpu and _triton_serves(run, stage, attention) else 0,
+        sequence_parallel=run.parallel.sequence_parallel,
+        loss=run.parallel.loss,
+        ffn_tile=run.parallel.ffn_tile,
     )
 
 
