@@ -230,7 +230,7 @@ def _read_history(file: Path) -> tuple[list[tuple[int, float]], list[tuple[int, 
             training[step] = values["loss"]
         elif event == "evaluation":
             heldout[step] = values["heldout_loss"]
-        elif event == "switch" and values["loss_before"] != values["loss_after"]:
+        elif event == "switch" and values.get("loss_before") != values.get("loss_after"):
             switches.append(tokens[step])
     points = [[(tokens[step], loss) for step, loss in found.items() if loss is not None] for found in (training, heldout)]
     return points[0], points[1], switches

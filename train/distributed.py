@@ -3,7 +3,6 @@
 import atexit
 import contextlib
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -48,16 +47,12 @@ def choose_device(wanted: Device, local_rank: int = 0) -> torch.device:
 
 
 def find_ranks(wanted: Device) -> Ranks:
-    """Reads the launcher's environment; without one, sets it up as a single process with a free port.
+    """Reads the launcher's environment; without one, sets it up as a single process, which meets nobody: port 0 is any that is free.
 
     Raises ConfigError where a launcher has set a part of it only, or a GPU is asked for and there is none.
     """
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        os.environ.update(alone)
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     missing = [name for name in _LAUNCHED_WITH if name not in os.environ]
     if missing:
         raise ConfigError(f"RANK={os.environ['RANK']}: is set but {', '.join(missing)} not; unset it to train in one process")

@@ -107,6 +107,7 @@ class Engine:
         share_rows(model, parallel.sequence_parallel)
         on_gpu = ranks.device.type == "cuda"
         self._is_compiled = parallel.compile is CompileMode.ALWAYS or (parallel.compile is CompileMode.AUTO and on_gpu)
+        self._graphs_before = graphs_compiled()
         package = _deepspeed(ranks.device)
         if self._is_compiled:
             compile_layers(model)
@@ -143,8 +144,8 @@ class Engine:
         return self._engine(batch.tokens.flatten(), batch.positions.flatten(), batch.cu_seqlens, batch.labels.flatten())
 
     def graphs_compiled(self) -> int:
-        """Graphs of torch.compile so far, on this rank; each new one held up a step."""
-        return graphs_compiled() if self._is_compiled else 0
+        """Graphs of torch.compile since this engine was made, on this rank; each new one held up a step."""
+        return graphs_compiled() - self._graphs_before if self._is_compiled else 0
 
     def step(self, lr: float) -> StepResult:
         """The optimizer step at this learning rate. A non-finite gradient leaves weights and moments as they were."""

@@ -15,6 +15,7 @@ SIZES = {  # millions of parameters: without embeddings, total
     "tiny": (0.092, 0.125),
     "quickstart": (0.788, 1.836),
     "small_50m": (50.15, 71.12),
+    "small_51m": (40.64, 51.13),
     "paper_545m": (545.97, 604.69),
     "paper_822m": (822.15, 889.26),
     "paper_1b1": (1098.9, 1174.4),
