@@ -120,9 +120,10 @@ def plot_lengths(path: Path, title: str, panels: Mapping[str, Sequence[tuple[int
         axes.xaxis.set_major_locator(FixedLocator(sorted({*places, *(place + 1 for place in places)})))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(round(2**value))))
         axes.tick_params(axis="x", labelrotation=60, labelsize=8)
+        axes.set_xlim(places[0], places[-1] + 1)
         axes.set_xlabel(f"tokens of a document ({name})")
         axes.set_ylabel("share (%)")
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)  # above: a bar may be anywhere
         plain(axes)
     save(figure, path)
 

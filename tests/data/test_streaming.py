@@ -129,25 +129,42 @@ corpora = st.lists(st.lists(st.integers(0, 40), min_size=2, max_size=8), min_siz
 TEXTS = make_texts(60, seed=3)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    files=corpora,
-    fmt=formats,
-    world_size=st.integers(1, 3),
-    stages=st.lists(st.tuples(st.integers(1, 60), st.sampled_from(Packing), st.integers(1, 4)), min_size=1, max_size=3),
-    group=st.sampled_from([1, 100, 1000]),
-    seed=st.integers(0, 2**63 - 1),
-    data=st.data(),
+runs = st.fixed_dictionaries(
+    {
+        "files": corpora,
+        "fmt": formats,
+        "world_size": st.integers(1, 3),
+        "stages": st.lists(st.tuples(st.integers(1, 60), st.sampled_from(Packing), st.integers(1, 4)), min_size=1, max_size=3),
+        "group": st.sampled_from([1, 100, 1000]),
+        "seed": st.integers(0, 2**63 - 1),
+    }
 )
-def test_any_kills_leave_the_rows_of_the_unbroken_run(files, fmt, world_size, stages, group, seed, data, tmp_path_factory, model_file):
-    folder = tmp_path_factory.mktemp("stream") / "files"
+
+
+@settings(max_examples=25, deadline=None)
+@given(runs, st.data())
+def test_any_kills_leave_the_rows_of_the_unbroken_run(tmp_path_factory, model_file, run, data):
+    compare_with_unbroken(tmp_path_factory.mktemp("stream") / "files", model_file, data, st.just(1), **run)
+
+
+@settings(max_examples=4, deadline=None)
+@given(runs, st.data())
+def test_so_do_any_numbers_of_tokenising_processes(tmp_path_factory, model_file, run, data):
+    """Another number after each kill; a few characters are handed to a process at a time, so that all of them have some."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.workers._CHUNK_CHARACTERS", 500)
+        compare_with_unbroken(tmp_path_factory.mktemp("stream") / "files", model_file, data, st.integers(1, 3), **run)
+
+
+def compare_with_unbroken(folder, model_file, data, workers, *, files, fmt, world_size, stages, group, seed):
+    """A run of `stages` (row length, packing, steps), killed where `data` says and gone on with `workers`, beside one of one process."""
     write(folder, fmt, [[f"{number} {TEXTS[text]}" for number, text in enumerate(texts)] for texts in files])
     config = config_of(model_file, source_of(folder, fmt), heldout_fraction=0.0)
     where = [{"seq_len": seq_len, "mix": MixConfig(packing=packing)} for seq_len, packing, steps in stages for _ in range(steps)]
 
-    def run(first, last, state):
+    def run(first, last, state, num_workers=1):
         """The rows of steps [first, last), and the state after them."""
-        world, rows = World(config, world_size, seed=seed, state=state, **where[first]), []
+        world, rows = World(replace(config, num_workers=num_workers), world_size, seed=seed, state=state, **where[first]), []
         for step in range(first, last):
             if step > first and where[step] != where[step - 1]:
                 world.enter(seed=seed, state=world.state(), **where[step])
@@ -158,7 +175,7 @@ def test_any_kills_leave_the_rows_of_the_unbroken_run(files, fmt, world_size, st
         unbroken, end = run(0, len(where), None)
         found, state, at = [], None, 0
         for stop in sorted(data.draw(st.sets(st.integers(1, len(where)), max_size=3)) | {len(where)}):
-            rows, state = run(at, stop, state)
+            rows, state = run(at, stop, state, data.draw(workers))
             found, at = found + rows, stop
         assert found == unbroken and state == end
 
