@@ -288,7 +288,13 @@ def test_the_folder_of_another_run_is_refused(copied, corpus, ranks):
 
 def test_how_a_run_is_computed_may_change(copied, corpus, ranks):
     """What another number or kind of GPUs may ask for; the run goes on with it, and knows its folder again afterwards."""
-    layout = ("activation.rule=full", "attention.backend=torch", "attention.workspace_mib=64", "parallel.loss=torch", "parallel.ffn_tile=32")
+    layout = (
+        "activation.rule=full",
+        "attention.backend=torch",
+        "attention.workspace_mib=64",
+        "parallel.loss=torch",
+        "parallel.ffn_tile=32",
+    )
     layout += ("parallel=zero1", "parallel.compile=never", "checkpoint.background=false", "profile.steps=1..1")
     before = steps(copied)
     train(make_run(corpus, copied, *layout), ranks)
