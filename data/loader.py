@@ -6,7 +6,7 @@ each rank has rows of its own, of its share of the documents.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ _HELDOUT_SEED = 0  # held-out rows are the same in every run
 OpenCorpus = Corpus | StreamedCorpus
 """What `open_corpus` gives."""
 Gather = Callable[[Any], list[Any]]
-"""The value of every rank, in rank order: ranks that share rows give the same one."""
+"""The value of every rank, in rank order."""
 
 
 class Loader(ABC):
@@ -153,15 +153,12 @@ class StreamedLoader(Loader):
                 batches.append(pack(self._table, filled[first : first + self.micro_batch_rows], self.seq_len, step_targets=0))
         except ConfigError as error:
             failure = error
-        told = self._by_rank((sum(batch.num_targets for batch in batches), failure))
-        for _, problem in told:
+        told = self._gather((self.rank, sum(batch.num_targets for batch in batches), failure))
+        for *_, problem in told:
             if problem is not None:
                 raise failure or problem
-        return [replace(batch, step_targets=sum(targets for targets, _ in told)) for batch in batches]
-
-    def _by_rank(self, value: Any) -> list[Any]:
-        """The value of each share of the data, in order."""
-        return [value for _, value in sorted(dict(self._gather((self.rank, value))).items())]
+        step_targets = sum(_of_shares((share, targets) for share, targets, _ in told))
+        return [replace(batch, step_targets=step_targets) for batch in batches]
 
     def epochs(self) -> dict[str, float]:
         """Passes over each source, of this rank's share, up to where its group of rows in hand begins."""
@@ -173,7 +170,8 @@ class StreamedLoader(Loader):
     def state_dict(self) -> dict[str, Any]:
         """For each rank and source, where its group of rows begins and the `views` of it (`data.stream.Progress`); besides, all that the
         documents and their order depend on, the files of the sources among it."""
-        return {"ranks": self._by_rank(self._stream.to_state(self.progress)), **self._identity}
+        states = _of_shares(self._gather((self.rank, self._stream.to_state(self.progress))))
+        return {"ranks": states, **self._identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from `state`, which may come from another seq_len, packing, batch or weights.
@@ -193,6 +191,11 @@ class StreamedLoader(Loader):
                 where, old, new = found
                 raise ConfigError(f"resume: the saved stream has {where}={old}, this run has {where}={new}; they must be the same")
         self.progress = self._stream.from_state(state["ranks"][self.rank])
+
+
+def _of_shares(told: Iterable[tuple[int, Any]]) -> list[Any]:
+    """The value of each share of the data, in order: ranks that share rows have one share, and told the same of it."""
+    return [value for _, value in sorted(dict(told).items())]
 
 
 def open_corpus(data: DataConfig, *, heldout_tokens: int) -> OpenCorpus:

@@ -26,6 +26,9 @@ TOKENIZER = "tokenizer"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What makes a run the run it is; everything else may change between two launches of it.
 IDENTITY = ("seed", "init_from", "model", "stages", "optim")
+# Of a stage too, what says how it is computed and not what: another number or kind of GPUs may need it otherwise.
+_STAGE_LAYOUT = ("activation",)
+_ATTENTION_LAYOUT = ("backend", "workspace_mib")
 _PACKAGES = ("torch", "deepspeed", "triton", "hydra-core", "datasets", "transformers", "safetensors", "sentencepiece", "numpy", "wandb")
 
 
@@ -72,18 +75,28 @@ def _check_owner(folder: Path, run: RunConfig) -> None:
     if not any((folder / CHECKPOINTS).glob("step_*")):
         return  # a run that came to nothing may start again with other settings
     try:
-        before = to_mapping(from_mapping(RunConfig, json.loads(file.read_text())))  # with settings that this version has added
+        before = from_mapping(RunConfig, json.loads(file.read_text()))  # with settings that this version has added
     except ConfigError as error:
         said = f"{CONFIG_FILE} is of another version of this program ({error})"
         raise ConfigError(f"run_dir={folder}: {said}; choose another folder") from None
     except (ValueError, TypeError):
         raise ConfigError(f"run_dir={folder}: {CONFIG_FILE} is damaged; choose another folder") from None
-    now = to_mapping(run)
+    then, now = _identity(before), _identity(run)
     for key in IDENTITY:
-        difference = first_difference(before[key], now[key], key)
+        difference = first_difference(then[key], now[key], key)
         if difference:
             where, old, new = difference
             raise ConfigError(f"run_dir={folder}: belongs to another run: {where} is {old} there and {new} here; choose another run_dir")
+
+
+def _identity(run: RunConfig) -> dict[str, Any]:
+    values = to_mapping(run)
+    for stage in values["stages"]:
+        for key in _STAGE_LAYOUT:
+            del stage[key]
+        for key in _ATTENTION_LAYOUT:
+            del stage["attention"][key]
+    return {key: values[key] for key in IDENTITY}
 
 
 def is_trained(run: RunConfig) -> bool:

@@ -500,12 +500,17 @@ def test_a_failure_on_one_rank_ends_all(config):
     shape = {"seq_len": 8, "rows_per_step": 2, "micro_batch_rows": 1, "world_size": 2, "rank": 1}
     with inline():
         corpus = open_corpus(config, heldout_tokens=0)
-        loader = build_loader(corpus, gather=lambda value: [(0, (100, None)), value], **shape)
+        loader = build_loader(corpus, gather=lambda value: [(0, 100, None), value], **shape)
         (batch,) = loader.next_step()
         assert batch.step_targets == 100 + batch.num_targets
-        loader = build_loader(corpus, gather=lambda value: [(0, (0, ConfigError("gone"))), value], **shape)
-        with pytest.raises(ConfigError, match=r"^gone$"):
-            loader.next_step()
+        failed, whole = (0, 0, ConfigError("gone")), (0, 100, None)
+        for others in ([failed], [failed, whole], [whole, failed]):  # in a group that shares rows one may fail alone
+            loader = build_loader(corpus, gather=lambda value: [*others, value], **shape)  # noqa: B023
+            with pytest.raises(ConfigError, match=r"^gone$"):
+                loader.next_step()
+        loader = build_loader(corpus, gather=lambda value: [whole, whole, value, value], **shape)
+        (batch,) = loader.next_step()
+        assert batch.step_targets == 100 + batch.num_targets
 
 
 def test_held_out_documents_are_those_of_preparation_and_never_trained_on(config, tmp_path):

@@ -286,6 +286,22 @@ def test_the_folder_of_another_run_is_refused(copied, corpus, ranks):
         train(make_run(corpus, copied), ranks)
 
 
+def test_how_a_run_is_computed_may_change(copied, corpus, ranks):
+    """What another number or kind of GPUs may ask for; the run goes on with it, and knows its folder again afterwards."""
+    layout = (
+        "activation.rule=full",
+        "attention.backend=torch",
+        "attention.workspace_mib=64",
+        "parallel.loss=torch",
+        "parallel.ffn_tile=32",
+    )
+    layout += ("parallel=zero1", "parallel.compile=never", "checkpoint.background=false", "profile.steps=1..1")
+    before = steps(copied)
+    train(make_run(corpus, copied, *layout), ranks)
+    assert steps(copied) == before
+    assert json.loads((copied / "config.json").read_text())["stages"][0]["activation"]["rule"] == "full"
+
+
 def test_the_folder_of_a_run_that_lacks_later_settings_is_still_its_own(copied, corpus, ranks):
     """A config.json as a version before these settings wrote it, and as one with settings that are gone."""
     before = json.loads((copied / "config.json").read_text())
