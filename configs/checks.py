@@ -26,10 +26,10 @@ def check_run(run: RunConfig, *, world_size: int) -> None:
         check_stage(run, stage, index, world_size)
     rows, seq_len = max(((run.micro_batch_rows(stage, world_size), stage.seq_len) for stage in run.stages), key=math.prod)
     tokens = rows * seq_len // degree
-    if run.parallel.ffn_tile > tokens:
+    if run.parallel.ffn_tile >= tokens:
         shared = f" / sequence_parallel={degree}" if degree > 1 else ""
         raise ConfigError(
-            f"parallel.ffn_tile={run.parallel.ffn_tile}: is larger than the {tokens} tokens of the largest micro-batch "
+            f"parallel.ffn_tile={run.parallel.ffn_tile}: is no less than the {tokens} tokens of the largest micro-batch "
             f"({rows} × seq_len={seq_len}{shared}), so nothing would be tiled; a smaller tile, or 0 for none"
         )
     if run.data.streaming:

@@ -302,9 +302,9 @@ def test_numbers_may_be_written_as_people_write_them():
         ),
         (["attention.rule='last 1 full'"], 1, r"layers \[0, 1, 2\] of 4 are named by no clause"),
         (
-            ["parallel.ffn_tile=4097", "parallel.micro_batch_rows=2"],
+            ["parallel.ffn_tile=4096", "parallel.micro_batch_rows=2"],
             1,
-            r"parallel.ffn_tile=4097: is larger than the 4096 tokens of the largest micro-batch \(2 × seq_len=2048\)",
+            r"parallel.ffn_tile=4096: is no less than the 4096 tokens of the largest micro-batch \(2 × seq_len=2048\)",
         ),
     ],
 )
