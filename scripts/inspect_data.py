@@ -32,7 +32,7 @@ from data.mix import LONG
 from data.mix import report as mix_report
 from data.shards import Corpus, DocumentTable, length_histogram
 from scripts.figures import plot_lengths, short_count
-from scripts.program import quoted, run
+from scripts.program import first_word_is, run
 
 _SHOWN = 10  # contaminated documents
 _EXCERPT = 100  # characters
@@ -40,9 +40,7 @@ _EXCERPT = 100  # characters
 
 def main() -> None:
     """Takes the folder, the first word, off the command line; the rest is its config."""
-    word = next(iter(sys.argv[1:]), "")
-    if word and not word.startswith("-") and (word.startswith(("/", ".")) or "=" not in word):
-        sys.argv[1] = f"prepared_dir={quoted(word)}"
+    first_word_is("prepared_dir")
     report()
 
 

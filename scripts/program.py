@@ -35,6 +35,13 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise _Interrupt(number)
 
 
+def first_word_is(key: str) -> None:
+    """Where the command line begins with a path, it becomes the setting `key`: `PROGRAM FOLDER …` is `PROGRAM key=FOLDER …`."""
+    word = next(iter(sys.argv[1:]), "")
+    if word and not word.startswith("-") and (word.startswith(("/", ".")) or "=" not in word):
+        sys.argv[1] = f"{key}={quoted(word)}"
+
+
 def quoted(path: str) -> str:
     """A text as Hydra's grammar takes it: in quotes, where a quote is escaped, and backslashes before one are doubled."""
     return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), path) + "'"

@@ -14,7 +14,7 @@ if not __package__:  # started by its path: the folder of this file would shadow
 
 from configs.registry import command, show
 from configs.schema import ConfigError, ReportConfig
-from scripts.program import quoted, run
+from scripts.program import first_word_is, run
 from scripts.reporting.page import Page, render
 from scripts.reporting.runs import is_run, run_page
 from scripts.reporting.sweeps import is_sweep, sweep_page
@@ -25,9 +25,7 @@ FILE = "report.html"
 
 def main() -> None:
     """Takes the folder, the first word, off the command line; the rest is its config."""
-    word = next(iter(sys.argv[1:]), "")
-    if word and not word.startswith("-") and (word.startswith(("/", ".")) or "=" not in word):
-        sys.argv[1] = f"folder={quoted(word)}"
+    first_word_is("folder")
     report()
 
 
