@@ -9,18 +9,17 @@ import json
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
 
-from configs.schema import Device, ModelConfig, OptimConfig, ParallelConfig
+from configs.schema import ActivationConfig, Device, ModelConfig, OptimConfig, ParallelConfig
 from data.batch import IGNORE, Batch
 from model.accounting import exchange_bytes
+from model.compiled import compile_layers
 from model.memory import pass_bytes
 from model.transformer import Transformer
 from tests.model.helpers import build, tiny_config
@@ -50,8 +49,10 @@ class Case(TypedDict, total=False):
     nope: str
     model: dict
     """What differs from `tiny_config`."""
-    blocks: str
-    """`checkpointed` or `compiled`."""
+    activation: str
+    """The rule of what layers keep."""
+    compiled: bool
+    """Whether what surrounds attention is."""
 
 
 def batches(config: ModelConfig, number: int, rows: int) -> list[Batch]:
@@ -94,11 +95,10 @@ def found(case: Case, model: Transformer, micro_batches: list[Batch], ranks: Ran
     """The same of a step of the engine."""
     before = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
     parallel = ParallelConfig(zero_stage=case["zero"], sequence_parallel=case["degree"])
-    for layer in model.layers:
-        if case.get("blocks") == "checkpointed":
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        elif case.get("blocks") == "compiled":
-            layer.compile(backend="aot_eager")
+    if "activation" in case:
+        model.set_activation(ActivationConfig(rule=case["activation"]).per_layer(model.config.num_layers))
+    if case.get("compiled"):
+        compile_layers(model, backend="aot_eager")
     engine = Engine(model, parallel=parallel, optim=OptimConfig(clip_norm=0.0), ranks=ranks)
     mine, losses = micro_batches[ranks.rank // case["degree"] :: parallel.data_parallel(ranks.world_size)], []
     for batch in mine:

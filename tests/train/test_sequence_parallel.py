@@ -56,9 +56,10 @@ def _check(cases: list[Case], folder: Path, *, num_ranks: int) -> None:
 
 def test_two_ranks_that_share_rows_have_the_gradients_of_one(tmp_path):
     rows = [Case(zero=zero, degree=2, rule="moba(8, 3)", micro_batches=2, rows=3) for zero in (1, 3)]
-    blocks = [Case(zero=zero, degree=2, rule="moba(8, 2)", micro_batches=2, blocks="checkpointed") for zero in (1, 3)]
-    compiled = [Case(zero=1, degree=2, rule="full", micro_batches=2, blocks="compiled")]
-    cases = [*_layouts(2, ("full", "moba(8, 2)")), *_heads(2, 1), *rows, *blocks, *compiled]
+    rules = ((1, "first 1 full, rest selective"), (3, "first 1 full, rest offload"))
+    kept = [Case(zero=zero, degree=2, rule="moba(8, 2)", micro_batches=2, activation=rule) for zero, rule in rules]
+    compiled = [Case(zero=1, degree=2, rule="full", micro_batches=2, compiled=True)]
+    cases = [*_layouts(2, ("full", "moba(8, 2)")), *_heads(2, 1), *rows, *kept, *compiled]
     _check(cases, tmp_path, num_ranks=2)
 
 
