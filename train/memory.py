@@ -7,7 +7,7 @@ from pathlib import Path
 from configs.layers import LayerAttention
 from configs.schema import AttentionBackend, ConfigError, ParallelConfig, Precision, RunConfig, StageConfig
 from model.memory import PassBytes, pass_bytes
-from model.ops.moba.triton.limits import HEAD_DIMS
+from model.ops.moba.triton.limits import refused_sizes
 from train.distributed import Ranks, gather_objects
 
 # Of a container, by version of cgroups: its limit, what counts against it, and where its statistics say what of that can be had back.
@@ -32,26 +32,29 @@ def layers_bytes(
     run: RunConfig, stage: StageConfig, attention: Sequence[LayerAttention], activation: Sequence[str], *, world_size: int, gpu: bool
 ) -> PassBytes:
     """The same in a model whose layers have `attention` and keep `activation`."""
+    rows = run.micro_batch_rows(stage, world_size)
+    triton = gpu and _triton_serves(run, stage, attention, num_tokens=rows * stage.seq_len)
     return pass_bytes(
         run.model,
         attention,
         activation,
-        rows=run.micro_batch_rows(stage, world_size),
+        rows=rows,
         seq_len=stage.seq_len,
         itemsize=itemsize(run.parallel),
         gpu=gpu,
-        triton_workspace=stage.attention.workspace if gpu and _triton_serves(run, stage, attention) else 0,
+        triton_workspace=stage.attention.workspace if triton else 0,
         sequence_parallel=run.parallel.sequence_parallel,
         loss=run.parallel.loss,
         ffn_tile=run.parallel.ffn_tile,
     )
 
 
-def _triton_serves(run: RunConfig, stage: StageConfig, attention: Sequence[LayerAttention]) -> bool:
-    """Whether `backend` comes to Triton on a GPU: what `model.ops.moba.triton.limits` refuses, `auto` gives to torch."""
-    chosen = stage.attention.backend in (AttentionBackend.AUTO, AttentionBackend.TRITON)
-    fits = run.model.head_dim in HEAD_DIMS and run.parallel.precision is Precision.BF16
-    return chosen and fits and all(kind.block_size % 64 == 0 for kind in attention if kind.kind == "moba")
+def _triton_serves(run: RunConfig, stage: StageConfig, attention: Sequence[LayerAttention], *, num_tokens: int) -> bool:
+    """Whether `backend` comes to Triton on a GPU for all MoBA layers: what its limits refuse, `auto` gives to torch."""
+    chosen = stage.attention.backend in (AttentionBackend.AUTO, AttentionBackend.TRITON) and run.parallel.precision is Precision.BF16
+    sizes = {"num_tokens": num_tokens, "head_dim": run.model.head_dim, "group": run.model.num_heads // run.model.num_kv_heads}
+    moba = [kind for kind in attention if kind.kind == "moba"]
+    return chosen and not any(refused_sizes(block_size=kind.block_size, topk=kind.topk, **sizes) for kind in moba)
 
 
 def check_host_memory(run: RunConfig, ranks: Ranks, stages: Sequence[StageConfig]) -> None:
