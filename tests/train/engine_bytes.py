@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.schema import AttentionConfig, Device, ModelConfig, OptimConfig, ParallelConfig, Precision, RopeConfig
@@ -41,6 +42,7 @@ def count(stage: int, precision: Precision, ranks: Ranks, *, accumulates: bool) 
     def look(*_: object) -> None:
         nonlocal fullest
         if armed:
+            dist.barrier()  # a gloo thread lets go of the tensors of its last collective a moment after it is over
             fullest = max(fullest, sum(_reachable().values()))
 
     model.layers[0].register_full_backward_hook(look)  # the last to come: gradients of all the others are there
