@@ -30,7 +30,7 @@ def run(*arguments, command=COMMAND, cwd=ROOT, **given):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_composes_and_asks_for_what_only_the_user_knows(name):
     assert (ROOT / "configs" / "data" / f"{name}.yaml").read_text().startswith("# ")
-    if name in ("bundled", "hub_fineweb_edu", "hub_pg19", "linux", "linux_c"):
+    if name in ("bundled", "hub_fineweb_edu", "hub_pg19", "linux"):
         config = compose(PrepareConfig, config_name="prepare_data", overrides=[f"data={name}"])
     else:
         with pytest.raises(ConfigError, match=r"data.sources.*path"):

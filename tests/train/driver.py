@@ -49,7 +49,7 @@ def _kill_in_writing(step: int) -> None:
 
 
 def main() -> None:
-    ranks = find_ranks(Device.CPU)
+    ranks = find_ranks(Device.AUTO)  # tests that want no GPU show it none
     with processes(ranks):
         for job in json.loads(Path(sys.argv[1]).read_text()):
             if job.get("kill_in_step"):

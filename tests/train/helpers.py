@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from torch import Tensor
 
 from configs.registry import REPOSITORY, compose
@@ -109,9 +111,16 @@ def launch(arguments: list[str], *, num_ranks: int, timeout: float = 240) -> sub
     return execute([*launcher, "--master_port", str(free_port()), *arguments], timeout=timeout)
 
 
-def start_ranks(arguments: list[str], *, num_ranks: int, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """The same without the CLI, whose two imports of deepspeed cost more than a tiny run; when a rank fails the others are ended."""
-    shared = environment() | {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+def start_ranks(
+    arguments: list[str], *, num_ranks: int, timeout: float = 240, gpus: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """The same without the CLI, whose two imports of deepspeed cost more than a tiny run; when a rank fails the others are ended.
+
+    With `gpus` each rank has a GPU, or the test is skipped where there are too few.
+    """
+    if gpus and torch.cuda.device_count() < num_ranks:
+        pytest.skip(f"needs {num_ranks} GPUs")
+    shared = environment(gpus=gpus) | {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", *arguments]
     with tempfile.TemporaryFile("w+") as said:
         environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
@@ -142,10 +151,11 @@ def execute(command: list[str], *, timeout: float = 240, cwd: Path = REPOSITORY)
     return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
 
 
-def environment() -> dict[str, str]:
-    """Of a program that is none of this process's ranks and sees no GPU."""
+def environment(*, gpus: bool = False) -> dict[str, str]:
+    """Of a program that is none of this process's ranks and sees no GPU, or the GPUs that this process sees."""
     inherited = {key: value for key, value in os.environ.items() if key not in _OF_A_LAUNCH}
-    return inherited | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PATH": _path()}
+    seen = {} if gpus else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return inherited | seen | {"OMP_NUM_THREADS": "1", "PATH": _path()}
 
 
 def _path() -> str:

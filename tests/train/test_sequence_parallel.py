@@ -32,10 +32,15 @@ def _heads(degree: int, zero: int) -> list[Case]:
     ]
 
 
-def _check(cases: list[Case], folder: Path, *, num_ranks: int) -> None:
+# Gloo, or NCCL where there are as many GPUs.
+GPUS = [pytest.param(False, id="gloo"), pytest.param(True, id="nccl", marks=pytest.mark.gpu)]
+
+
+def _check(cases: list[Case], folder: Path, *, num_ranks: int, gpus: bool = False) -> None:
     """Gradients in all cases, the losses of a document, and the bytes that are held and sent."""
     (folder / "cases.json").write_text(json.dumps(cases))
-    done = start_ranks(["tests.train.shared_rows", str(folder / "cases.json"), str(folder / "found.json")], num_ranks=num_ranks)
+    arguments = ["tests.train.shared_rows", str(folder / "cases.json"), str(folder / "found.json")]
+    done = start_ranks(arguments, num_ranks=num_ranks, gpus=gpus)
     assert done.returncode == 0, done.stderr
     shown = json.loads((folder / "found.json").read_text())
     found = shown["errors"]
@@ -54,13 +59,14 @@ def _check(cases: list[Case], folder: Path, *, num_ranks: int) -> None:
         assert reckoned == pytest.approx(counted, rel=1e-3)  # copies of convolutions' weights are not reckoned
 
 
-def test_two_ranks_that_share_rows_have_the_gradients_of_one(tmp_path):
+@pytest.mark.parametrize("gpus", GPUS)
+def test_two_ranks_that_share_rows_have_the_gradients_of_one(tmp_path, gpus):
     rows = [Case(zero=zero, degree=2, rule="moba(8, 3)", micro_batches=2, rows=3) for zero in (1, 3)]
     rules = ((1, "first 1 full, rest selective"), (3, "first 1 full, rest offload"))
     kept = [Case(zero=zero, degree=2, rule="moba(8, 2)", micro_batches=2, activation=rule) for zero, rule in rules]
     compiled = [Case(zero=1, degree=2, rule="full", micro_batches=2, compiled=True)]
     cases = [*_layouts(2, ("full", "moba(8, 2)")), *_heads(2, 1), *rows, *kept, *compiled]
-    _check(cases, tmp_path, num_ranks=2)
+    _check(cases, tmp_path, num_ranks=2, gpus=gpus)
 
 
 def test_four_ranks_that_share_rows_have_the_gradients_of_one(tmp_path):
@@ -79,12 +85,12 @@ def test_every_mesh_of_four_ranks_has_the_gradients_of_one(tmp_path):
 # --- whole runs ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def runs(corpus, tmp_path_factory) -> Path:
+@pytest.fixture(scope="module", params=GPUS)
+def runs(corpus, tmp_path_factory, request) -> Path:
     """A folder of runs on two ranks that differ in how the ranks are laid out; `changed` changes its layout half way."""
     folder = tmp_path_factory.mktemp("runs")
     model = ("attention.rule='last 1 full, rest moba'", "model.key_conv=3", "parallel.micro_batch_tokens=128")
-    evaluated = ("evaluation.position_bucket=32", "evaluation.gate_every_steps=4")
+    evaluated = ("evaluation.position_bucket=32", "evaluation.gate_every_steps=4", "device=auto")
     shared = "parallel.sequence_parallel=2"
     plans = [
         ("data", []),
@@ -96,7 +102,7 @@ def runs(corpus, tmp_path_factory) -> Path:
     ]
     jobs = [{"overrides": overrides(corpus, folder / name, *model, *evaluated, *more), "kill_in_step": None} for name, more in plans]
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    done = start_ranks(["tests.train.driver", str(folder / "jobs.json")], num_ranks=2)
+    done = start_ranks(["tests.train.driver", str(folder / "jobs.json")], num_ranks=2, gpus=request.param)
     assert done.returncode == 0, done.stderr
     return folder
 
