@@ -511,6 +511,24 @@ def test_second_derivative_is_refused(target):
         torch.autograd.grad(d_q.sum(), q)
 
 
+class Dropped(torch.autograd.Function):
+    """Its input has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        return None
+
+
+def test_output_without_a_gradient_gives_none(target):
+    q, k, v, d_out = target.inputs(100, 1, 1, 64, seed=83)
+    out = Dropped.apply(moba(q, k, v, bounds=[0, 100], block_size=64, topk=2))
+    assert torch.autograd.grad(out, (q, k, v), d_out, allow_unused=True) == (None, None, None)
+
+
 def test_operators_keep_the_rules_of_torch(target):
     """Schema, fake kernels and autograd registration, as torch itself checks them."""
     q, k, v, _ = target.inputs(100, 1, 1, 64, seed=81)

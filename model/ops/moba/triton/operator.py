@@ -27,7 +27,7 @@ def moba_triton(
     and merging in fp32; two runs are equal to the bit. The lists of who chose what are saved for the backward pass; a forward
     pass that is computed again (activation checkpointing) makes them anew from the same bits.
     """
-    return torch.ops.moba.forward(q, k, v, cu_seqlens, block_size, topk, softmax_scale, workspace)[0]
+    return torch.ops.moba.forward.default(q, k, v, cu_seqlens, block_size, topk, softmax_scale, workspace)[0]
 
 
 def _inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,26 +102,11 @@ def _backward_shapes(q, k, v, cu_seqlens, out, lse, entries, edges, d_out, block
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-def _save(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens, *ctx.arguments = inputs
-    ctx.save_for_backward(q, k, v, cu_seqlens, *output)
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _differentiate(ctx, d_out: Tensor, *_: Tensor):
-    q, k, v, cu_seqlens, *saved = ctx.saved_tensors
-    return *torch.ops.moba.backward(q, k, v, cu_seqlens, *saved, d_out, *ctx.arguments), None, None, None, None, None
-
-
-def _differentiate_twice(ctx, *_: Tensor):
-    raise RuntimeError("moba::backward: backend='triton' has no second derivative; backend='reference' has")
-
-
 # By hand rather than by `torch.library.custom_op`, whose wrappers take the host 60 µs of a forward and backward.
 _LIBRARY = torch.library.Library("moba", "DEF")
 
 
-def _register(run: Callable, shapes: Callable, differentiate: Callable, save: Callable | None = None) -> None:
+def _register(run: Callable, shapes: Callable) -> None:
     def run_there(q: Tensor, *args: Any) -> tuple[Tensor, ...]:
         with torch.cuda.device_of(q):  # kernels are launched on the current device
             return run(q, *args)
@@ -130,8 +115,34 @@ def _register(run: Callable, shapes: Callable, differentiate: Callable, save: Ca
     _LIBRARY.define(name + torch.library.infer_schema(run, mutates_args=()))
     _LIBRARY.impl(name, run_there, "CompositeExplicitAutograd")
     torch.library.register_fake(f"moba::{name}", shapes, lib=_LIBRARY)
-    torch.library.register_autograd(f"moba::{name}", differentiate, setup_context=save, lib=_LIBRARY)
 
 
-_register(_forward, _forward_shapes, _differentiate, _save)
-_register(_backward, _backward_shapes, _differentiate_twice)
+class _Attention(torch.autograd.Function):
+    """`moba::forward` with its derivative: what `torch.library.register_autograd` would make, less its looks at the schema in each call."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *sizes: int | float):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, *saved = torch.ops.moba.forward.default(q, k, v, cu_seqlens, *sizes)
+        ctx.sizes = sizes
+        ctx.save_for_backward(q, k, v, cu_seqlens, out, *saved)
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)  # no zeros for what has no gradient: lists are large
+        return out, *saved
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor | None, *_: None):
+        if d_out is None:
+            return (None,) * 8
+        q, k, v, cu_seqlens, *saved = ctx.saved_tensors
+        return *torch.ops.moba.backward.default(q, k, v, cu_seqlens, *saved, d_out, *ctx.sizes), None, None, None, None, None
+
+
+def _differentiate_twice(ctx, *_: Tensor):
+    raise RuntimeError("moba::backward: backend='triton' has no second derivative; backend='reference' has")
+
+
+_register(_forward, _forward_shapes)
+_register(_backward, _backward_shapes)
+_LIBRARY.impl("forward", _Attention.apply, "Autograd")
+torch.library.register_autograd("moba::backward", _differentiate_twice, lib=_LIBRARY)
