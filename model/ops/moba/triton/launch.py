@@ -34,7 +34,7 @@ class Launch:
         self._options = {**constants, "num_warps": warps}
         self._untouched = (*numbers, *constants.values())
         self._compiled: Any = None
-        self._device = 0
+        self._device: int | None = None
 
     def __call__(self, *tensors: Any) -> None:
         compiled = self._compiled or self._find(tensors[0])
@@ -49,10 +49,9 @@ class Launch:
         return self._kernel.fn, first.device, first.dtype, *self._options.values(), *map(_specialized, self._numbers)
 
     def _find(self, first: Tensor) -> Any:
-        compiled = self._compiled = _compiled.get(self._kind(first))
-        if compiled is not None:
-            self._device = first.device.index
-        return compiled
+        self._device = first.device.index
+        self._compiled = _compiled.get(self._kind(first))
+        return self._compiled
 
     def _compile(self, tensors: tuple[Any, ...]) -> None:
         compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._options)

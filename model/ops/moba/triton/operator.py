@@ -53,7 +53,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output `[T, Hq, D]`, log-sum-exp `[Hq, T]` (base 2, fp32), and by group of heads the lists' entries and edges (`Lists`)."""
     q, k, v = _inputs(q, k, v)
-    bounds = tuple(document_bounds(cu_seqlens, num_tokens=len(q), device=q.device))
+    bounds = tuple(document_bounds(cu_seqlens, num_tokens=q.shape[0], device=q.device))
     call = call_of(q, k, bounds, block_size=block_size, topk=topk, softmax_scale=softmax_scale, workspace=workspace)
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     lse = torch.empty(call.num_heads, call.num_tokens, device=q.device, dtype=torch.float32)
@@ -82,7 +82,7 @@ def _backward(
     q, k, v = _inputs(q, k, v)
     d_out = aligned(d_out)
     out = out if out.is_contiguous() and is_aligned(out) else copied(out)  # what hooks on saved tensors make of it lies anywhere
-    bounds = tuple(document_bounds(cu_seqlens, num_tokens=len(q), device=q.device))
+    bounds = tuple(document_bounds(cu_seqlens, num_tokens=q.shape[0], device=q.device))
     sizes: dict[str, Any] = {"block_size": block_size, "topk": topk, "softmax_scale": softmax_scale, "workspace": workspace}
     call = call_of(q, k, bounds, **sizes, d_out=d_out)
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
