@@ -70,9 +70,9 @@ def moba_attention(
     if backend != "reference" and topk * block_size >= longest:
         return full_attention(q, k, v, cu_seqlens=None if is_one_document else cu_seqlens, softmax_scale=softmax_scale)
     sizes: dict[str, Any] = {"block_size": block_size, "topk": topk, "softmax_scale": softmax_scale or q.shape[-1] ** -0.5}
-    with torch.autocast(q.device.type, enabled=False):  # the inputs' dtype decides, and the gate needs fp32
-        if backend == "triton":
-            from model.ops.moba.triton.operator import moba_triton  # Triton may be missing where its kernels are not used
+    if backend == "triton":
+        from model.ops.moba.triton.operator import moba_triton  # Triton may be missing where its kernels are not used
 
-            return moba_triton(q, k, v, cu_seqlens, workspace=workspace, **sizes)
+        return moba_triton(q, k, v, cu_seqlens, workspace=workspace, **sizes)  # kernels, for which autocast does not exist
+    with torch.autocast(q.device.type, enabled=False):  # the inputs' dtype decides, and the gate needs fp32
         return _IMPLEMENTATIONS[backend](q, k, v, bounds=bounds, **sizes)

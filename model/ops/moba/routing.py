@@ -98,16 +98,15 @@ def select_blocks(q: Tensor, k: Tensor, *, block_size: int, topk: int, cu_seqlen
 
 def _choose_by_kernel(q: Tensor, k: Tensor, bounds: list[int], block_size: int, *, num_past: int) -> Tensor:
     """As `choose_blocks`, from q `[T, Hq, D]` and k `[T, Hkv, D]` by the gate of the `triton` backend, in no order."""
-    from model.ops.moba.triton import gate, plan  # Triton may be missing where its kernels are not used
+    from model.ops.moba.triton import gate, launch, plan  # Triton may be missing where its kernels are not used
 
-    blocks = plan.block_table(tuple(bounds), block_size, num_past, q.device)
-    slots = min(num_past, blocks.max_past)
-    if not slots:
+    q, k = launch.aligned(q), launch.aligned(k)
+    # All heads at once; what scales the softmax changes no choice.
+    call = plan.call_of(q, k, tuple(bounds), block_size=block_size, topk=num_past + 1, softmax_scale=1.0, workspace=1 << 62)
+    if not call.num_past:
         return torch.full((*q.shape[:2], num_past), -1, device=q.device)
-    heads, group = range(q.shape[1]), q.shape[1] // k.shape[1]
-    q, means = q if q.stride(-1) == 1 else q.contiguous(), gate.block_means(k.contiguous(), blocks)
-    chosen = gate.choose_blocks(q, means, blocks, heads=heads, group=group, num_past=slots)
-    return torch.nn.functional.pad(chosen.transpose(0, 1).long(), (0, num_past - slots), value=-1)
+    chosen = gate.choose_blocks(call, q, gate.block_means(call, k), range(call.num_heads))
+    return torch.nn.functional.pad(chosen.transpose(0, 1).long(), (0, num_past - call.num_past), value=-1)
 
 
 def choose_blocks(q: Tensor, means: Tensor, layout: BlockLayout, *, num_past: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import pytest
 import torch
@@ -398,6 +398,7 @@ def test_block_that_all_choose_and_blocks_that_none_does(case, target, monkeypat
     num_tokens, num_heads, num_kv, block_size, split = SINKS[case]
     monkeypatch.setattr("model.ops.moba.triton.backward.SPLIT", split)
     monkeypatch.setattr("model.ops.moba.triton.backward._LEAST_SPLIT", 1)
+    monkeypatch.setattr(plan, "_call_of", lru_cache(plan._call_of.__wrapped__))  # which has prepared nothing yet
     inputs = target.inputs(num_tokens, num_heads, num_kv, 64, seed=75)
     q, k, v, d_out = inputs
     with torch.no_grad():
@@ -480,9 +481,9 @@ def test_recomputed_activations_give_the_same_bits(target):
 def test_kept_by_selective_checkpointing_the_kernels_run_once(target, monkeypatch):
     runs, plain = [], operator.moba_forward
 
-    def moba_forward(*args, **sizes):
-        runs.append(sizes["heads"])
-        return plain(*args, **sizes)
+    def moba_forward(*args):
+        runs.append(args)
+        return plain(*args)
 
     monkeypatch.setattr(operator, "moba_forward", moba_forward)
     inputs = target.inputs(300, 2, 1, 64, seed=78)
@@ -508,6 +509,24 @@ def test_second_derivative_is_refused(target):
     (d_q,) = torch.autograd.grad(out, q, d_out, create_graph=True)
     with pytest.raises(RuntimeError, match=r"moba::backward: .* no second derivative"):
         torch.autograd.grad(d_q.sum(), q)
+
+
+class Dropped(torch.autograd.Function):
+    """Its input has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        return None
+
+
+def test_output_without_a_gradient_gives_none(target):
+    q, k, v, d_out = target.inputs(100, 1, 1, 64, seed=83)
+    out = Dropped.apply(moba(q, k, v, bounds=[0, 100], block_size=64, topk=2))
+    assert torch.autograd.grad(out, (q, k, v), d_out, allow_unused=True) == (None, None, None)
 
 
 def test_operators_keep_the_rules_of_torch(target):

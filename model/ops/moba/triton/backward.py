@@ -4,7 +4,7 @@ dK and dV are summed where their keys are, over the block's own queries and thos
 fit one tile they leave it on the way, otherwise a second pass over the lists computes it. A last pass adds the own block and the slots.
 """
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from model.ops.moba.triton import hopper
-from model.ops.moba.triton.index import Lists, cut_lists
-from model.ops.moba.triton.launch import TABLES, launch
-from model.ops.moba.triton.plan import SPLIT, Blocks, is_hopper, offsets, tile_of
+from model.ops.moba.triton.index import Lists, cut_lists, most_pieces
+from model.ops.moba.triton.launch import TABLES, Launch
+from model.ops.moba.triton.plan import SPLIT, Call, once_a_call, tile_of
 
 # No list is cut into pieces of fewer entries.
 _LEAST_SPLIT = 8192
@@ -222,84 +222,120 @@ def _dq_own_kernel(
         tl.store(DQ + at, (dq * softmax_scale).to(DQ.dtype.element_ty), mask=inside[:, None])
 
 
-def output_dot_gradient(out: Tensor, d_out: Tensor) -> Tensor:
+@once_a_call
+def _delta_launch(call: Call) -> Launch:
+    grid = (-(-call.num_tokens // 64), call.num_heads)
+    strides = (call.num_heads * call.head_dim, *call.grad_strides)
+    return Launch(_delta_kernel, grid, call.num_tokens, *strides, D=call.head_dim, ROWS=64, warps=4)
+
+
+def output_dot_gradient(call: Call, out: Tensor, d_out: Tensor) -> Tensor:
     """<out, d_out> of each query and head, fp32 `[Hq, T]`."""
-    num_tokens, num_heads, head_dim = out.shape
-    delta = torch.empty(num_heads, num_tokens, device=out.device, dtype=torch.float32)
-    strides = (out.stride(0), d_out.stride(0), d_out.stride(1))
-    grid = (-(-num_tokens // 64), num_heads)
-    launch(_delta_kernel, grid, out, d_out, delta, num_tokens, *strides, D=head_dim, ROWS=64, warps=4)
+    delta = torch.empty(call.num_heads, call.num_tokens, device=out.device, dtype=torch.float32)
+    _delta_launch(call)(out, d_out, delta)
     return delta
 
 
-def keys_gradient(
-    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, dq_slots: Tensor | None, *,
-    blocks: Blocks, lists: Lists | None, heads: range, num_past: int, num_ranges: int, scale: float, softmax_scale: float,
-) -> None:  # fmt: skip
-    """Fills dk and dv `[T, Hkv, D]` for the key/value heads of `heads`, and `dq_slots` `[heads, T, P, D]` where given."""
-    num_tokens, num_heads, head_dim = q.shape
-    group = num_heads // k.shape[1]
-    on_hopper = is_hopper(q.device)
-    tile = tile_of("hopper_dk_dv" if on_hopper else "dk_dv", blocks.size)
+@dataclass(frozen=True, kw_only=True)
+class _KeysLaunches:
+    """dK and dV of a group of heads. Where lists can be long, what they hold past the first `split` entries has a launch of its own."""
+
+    most: Launch
+    long: Launch | None
+    """To go first."""
+    split: int
+    pieces: int
+    """Pieces of `split` entries that `long` takes, at most."""
+    sums: tuple[int, ...]
+    """Shape of what `long` leaves for `most` to add up."""
+
+
+@once_a_call
+def _keys_launches(call: Call, heads: range) -> _KeysLaunches:
+    blocks, queries = call.blocks, range(call.num_tokens)
+    tile = tile_of("hopper_dk_dv" if call.on_hopper else "dk_dv", blocks.size)
     keys, tiles = tile.columns, blocks.size // tile.columns
     # The sums of long lists stay in the workspace too; and few lists are so long that it pays to cut them.
-    split = max(SPLIT * max(1, num_past) * blocks.size * num_ranges, _LEAST_SPLIT)
+    split = max(SPLIT * max(1, call.num_past) * blocks.size * call.cut.num_ranges, _LEAST_SPLIT)
+    numbers: tuple[float, ...] = (*call.strides, *call.kv_strides, *call.grad_strides, call.num_kv * call.head_dim)
+    numbers += (heads.start, call.group, call.num_tokens, blocks.count, call.num_lists, call.scale, call.softmax_scale)
+    sizes = {"TILES": tiles, "D": call.head_dim, "P": max(1, call.num_past), "BK": keys, "SPLIT": split, "KEEP_DQ": call.keeps_dq}
+
+    def launch(grid: tuple[int, int], *, is_long: bool) -> Launch:
+        constants = {**sizes, "LISTS": call.num_past > 0, "LONG": is_long, "INT": call.offsets}
+        if call.on_hopper:
+            return Launch(hopper.dk_dv_kernel, grid, *numbers, **constants, warps=keys // 16)
+        return Launch(_dk_dv_kernel, grid, *numbers, **constants, BM=tile.rows, STAGES=tile.stages, warps=tile.warps)
+
+    most = launch((blocks.count * tiles, len(heads) // call.group), is_long=False)
+    pieces = most_pieces(call, queries, split, skip=1)
+    can_be_long = call.num_past > 0 and split < min(call.num_tokens, call.most_pairs(queries))
+    long = launch((pieces * tiles, 1), is_long=True) if can_be_long else None
+    return _KeysLaunches(most=most, long=long, split=split, pieces=pieces, sums=(pieces * tiles, 2, keys, call.head_dim))
+
+
+def keys_gradient(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor,
+    dq_slots: Tensor | None, lists: Lists | None, heads: range,
+) -> None:  # fmt: skip
+    """Fills dk and dv `[T, Hkv, D]` for the key/value heads of `heads`, and `dq_slots` `[heads, T, P, D]` where given.
+
+    `lists` are those of all queries.
+    """
+    blocks, launches = call.blocks, _keys_launches(call, heads)
     unread, no_table = lse, blocks.start  # stand for what a kernel is compiled not to read
-    partial, tables, grids = unread, (no_table,) * 5, {False: (blocks.count * tiles, len(heads) // group)}
+    partial, tables = unread, (no_table,) * 5
     if lists is not None:
         tables = (lists.entries, lists.edges[0], lists.edges[-1], no_table, no_table)
-        if split < min(num_tokens, lists.num_entries):  # otherwise no list is that long
-            long = cut_lists(lists, split, skip=1)
-            partial = torch.empty(long.bound * tiles, 2, keys, head_dim, device=q.device, dtype=torch.float32)
-            tables, grids = (*tables[:3], long.ends, long.piece), {True: (long.bound * tiles, 1), **grids}
+        if launches.long is not None:
+            items = cut_lists(call, lists, launches.pieces, launches.split, skip=1)
+            partial = torch.empty(launches.sums, device=q.device, dtype=torch.float32)
+            tables = (*tables[:3], items.ends, items.piece)
     slots = unread if dq_slots is None else dq_slots
-    args: tuple[Any, ...] = (q, k, v, d_out, lse, delta, dk, dv, partial, slots, *tables, blocks.start, blocks.length)
-    args += (q.stride(0), q.stride(1), k.stride(0), k.stride(1), d_out.stride(0), d_out.stride(1), dk.stride(0))
-    args += (heads.start, group, num_tokens, blocks.count, len(heads) * blocks.count, scale, softmax_scale)
-    sizes = {"TILES": tiles, "D": head_dim, "P": max(1, num_past), "BK": keys, "SPLIT": split, "KEEP_DQ": dq_slots is not None}
-    int_type = _offsets_of(q, k, d_out, dk, num_past)
-    for is_long, grid in grids.items():
-        switches = {"LISTS": lists is not None, "LONG": is_long, "INT": int_type}
-        if on_hopper:
-            launch(hopper.dk_dv_kernel, grid, *args, **sizes, **switches, warps=keys // 16)
-        else:
-            launch(_dk_dv_kernel, grid, *args, **sizes, **switches, BM=tile.rows, STAGES=tile.stages, warps=tile.warps)
+    tensors = (q, k, v, d_out, lse, delta, dk, dv, partial, slots, *tables, blocks.start, blocks.length)
+    if launches.long is not None:
+        launches.long(*tensors)
+    launches.most(*tensors)
 
 
-def queries_gradient(
-    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dq_slots: Tensor | None, *,
-    blocks: Blocks, lists: Lists | None, heads: range, queries: range, num_past: int, scale: float, softmax_scale: float,
-) -> None:  # fmt: skip
-    """Fills dq `[T, Hq, D]` for `heads` and a range of queries, from `dq_slots` or, where these are not given, from `lists`."""
-    num_tokens, num_heads, head_dim = q.shape
-    group = num_heads // k.shape[1]
-    strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), d_out.stride(0), d_out.stride(1))
-    int_type = _offsets_of(q, k, d_out, dq, num_past)
-    if dq_slots is None:
-        dq_slots = torch.empty(len(heads), len(queries), num_past, head_dim, device=q.device, dtype=q.dtype)
-        if lists is not None:
-            on_hopper = is_hopper(q.device)
-            tile = tile_of("hopper_dq" if on_hopper else "dq_past", blocks.size)
-            items = cut_lists(lists, tile.rows)
-            tables = (lists.entries, lists.edges[0], lists.edges[-1], items.ends, items.piece, blocks.start)
-            args: tuple[Any, ...] = (q, k, v, d_out, lse, delta, dq_slots, *tables, *strides)
-            args += (heads.start, group, num_tokens, queries.start, len(queries), blocks.count, len(items.ends))
-            sizes = {"B": blocks.size, "D": head_dim, "P": num_past, "BM": tile.rows, "INT": int_type}
-            if on_hopper:
-                launch(hopper.dq_past_kernel, (items.bound, 1), *args, scale, **sizes, warps=tile.warps)
-            else:
-                sizes |= {"BN": tile.columns, "STAGES": tile.stages}
-                launch(_dq_past_kernel, (items.bound, 1), *args, scale, **sizes, warps=tile.warps)
+@once_a_call
+def _dq_past_launch(call: Call, heads: range, queries: range) -> tuple[Launch, int, int]:
+    """The launch, the size of its pieces and how many there are at most."""
+    tile = tile_of("hopper_dq" if call.on_hopper else "dq_past", call.blocks.size)
+    bound = most_pieces(call, queries, tile.rows)
+    numbers: tuple[float, ...] = (*call.strides, *call.kv_strides, *call.grad_strides, heads.start, call.group, call.num_tokens)
+    numbers += (queries.start, len(queries), call.blocks.count, call.num_lists, call.scale)
+    sizes = {"B": call.blocks.size, "D": call.head_dim, "P": call.num_past, "BM": tile.rows, "INT": call.offsets, "warps": tile.warps}
+    if call.on_hopper:
+        return Launch(hopper.dq_past_kernel, (bound, 1), *numbers, **sizes), tile.rows, bound
+    return Launch(_dq_past_kernel, (bound, 1), *numbers, **sizes, BN=tile.columns, STAGES=tile.stages), tile.rows, bound
+
+
+@once_a_call
+def _dq_own_launch(call: Call, heads: range, queries: range) -> Launch:
+    blocks = call.blocks
     tile = tile_of("dq_own", blocks.size)
     tiles = -(-blocks.size // tile.rows)
     first_block, last_block = blocks.of(queries.start), blocks.of(queries.stop - 1)
-    launch(
-        _dq_own_kernel, ((last_block - first_block + 1) * tiles, len(heads)), q, k, v, d_out, lse, delta, dq_slots, dq, blocks.start,
-        blocks.length, blocks.doc_first, *strides, dq.stride(0), heads.start, group, num_tokens, queries.start, queries.stop, first_block,
-        scale, softmax_scale, TILES=tiles, D=head_dim, P=num_past, BM=tile.rows, BN=tile.columns, INT=int_type, STAGES=tile.stages,
-        warps=tile.warps,
+    return Launch(
+        _dq_own_kernel, ((last_block - first_block + 1) * tiles, len(heads)), *call.strides, *call.kv_strides, *call.grad_strides,
+        call.num_heads * call.head_dim, heads.start, call.group, call.num_tokens, queries.start, queries.stop, first_block, call.scale,
+        call.softmax_scale, TILES=tiles, D=call.head_dim, P=call.num_past, BM=tile.rows, BN=tile.columns, INT=call.offsets,
+        STAGES=tile.stages, warps=tile.warps,
     )  # fmt: skip
 
 
-def _offsets_of(q: Tensor, k: Tensor, d_out: Tensor, gradient: Tensor, num_past: int) -> tl.dtype:
-    return offsets(*(len(q) * x.stride(0) for x in (q, k, d_out, gradient)), len(q) * max(1, num_past) * q.shape[-1])
+def queries_gradient(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dq_slots: Tensor | None,
+    lists: Lists | None, heads: range, queries: range,
+) -> None:  # fmt: skip
+    """Fills dq `[T, Hq, D]` for `heads` and a range of queries, from `dq_slots` or, where these are not given, from `lists`."""
+    blocks = call.blocks
+    if dq_slots is None:
+        dq_slots = torch.empty(len(heads), len(queries), call.num_past, call.head_dim, device=q.device, dtype=q.dtype)
+        if lists is not None:
+            launch, size, bound = _dq_past_launch(call, heads, queries)
+            items = cut_lists(call, lists, bound, size)
+            tables = (lists.entries, lists.edges[0], lists.edges[-1], items.ends, items.piece, blocks.start)
+            launch(q, k, v, d_out, lse, delta, dq_slots, *tables)
+    _dq_own_launch(call, heads, queries)(q, k, v, d_out, lse, delta, dq_slots, dq, blocks.start, blocks.length, blocks.doc_first)

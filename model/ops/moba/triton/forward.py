@@ -3,17 +3,15 @@
 A partial result is normalised and comes with the base-2 logarithm of its sum of exponentials: merging is then a weighted mean.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from model.ops.moba.triton.index import Lists, cut_lists
-from model.ops.moba.triton.launch import TABLES, launch
-from model.ops.moba.triton.plan import Blocks, offsets, tile_of
+from model.ops.moba.triton.index import Lists, cut_lists, most_pieces
+from model.ops.moba.triton.launch import TABLES, Launch
+from model.ops.moba.triton.plan import Call, once_a_call, tile_of
 
 
 @triton.jit(do_not_specialize_on_alignment=TABLES)
@@ -146,40 +144,55 @@ def describe(x: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, [num_tokens, num_heads * head_dim], [x.stride(0), 1], [rows, head_dim])
 
 
-def moba_forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, blocks: Blocks, lists: Lists | None, heads: range, queries: range,
-    num_past: int, scale: float,
-) -> None:  # fmt: skip
-    """Fills `out` `[T, Hq, D]` and `lse` `[Hq, T]` (base 2) for `heads` and a range of queries, whose `lists` these are.
+def _is_resident(call: Call) -> bool:
+    """Whether a block's keys and values stay on chip, and queries pass by."""
+    return call.blocks.size <= 128
 
-    `scale` is that of the softmax times log2 e.
-    """
-    num_tokens, num_heads, head_dim = q.shape
-    group = num_heads // k.shape[1]
-    strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1))
-    slots = torch.empty(len(heads), len(queries), num_past, head_dim, device=q.device, dtype=q.dtype)
-    slot_lse = torch.empty(len(heads), len(queries), num_past, device=q.device, dtype=torch.float32)
-    int_type = offsets(*(num_tokens * x.stride(0) for x in (q, k, out)), num_tokens * max(1, num_past) * head_dim)
-    if lists is not None:
-        resident = blocks.size <= 128
-        tile = tile_of("past", blocks.size)
-        size = 16 * tile.rows if resident else tile.rows
-        items = cut_lists(lists, size)
-        tables = (lists.entries, lists.edges[0], lists.edges[-1], items.ends, items.piece, blocks.start)
-        numbers = (heads.start, group, queries.start, len(queries), blocks.count, len(items.ends), scale)
-        sizes = {"B": blocks.size, "D": head_dim, "P": num_past, "BM": tile.rows}
-        how = {"INT": int_type, "STAGES": tile.stages, "warps": tile.warps}
-        if resident:
-            args: tuple[Any, ...] = (q, k, v, slots, slot_lse, *tables, *strides, *numbers)
-            launch(_past_resident_kernel, (items.bound, 1), *args, **sizes, SIZE=size, **how)
-        else:
-            args = (q, describe(k, tile.columns), describe(v, tile.columns), slots, slot_lse, *tables, *strides[:2], *numbers)
-            launch(_past_streaming_kernel, (items.bound, 1), *args, **sizes, BN=tile.columns, **how)
+
+@once_a_call
+def _past_launch(call: Call, heads: range, queries: range) -> tuple[Launch, int, int]:
+    """The launch, the size of its pieces and how many there are at most."""
+    tile = tile_of("past", call.blocks.size)
+    size = 16 * tile.rows if _is_resident(call) else tile.rows
+    bound = most_pieces(call, queries, size)
+    numbers = (heads.start, call.group, queries.start, len(queries), call.blocks.count, call.num_lists, call.scale)
+    sizes = {"B": call.blocks.size, "D": call.head_dim, "P": call.num_past, "BM": tile.rows}
+    how = {"INT": call.offsets, "STAGES": tile.stages, "warps": tile.warps}
+    if _is_resident(call):
+        launch = Launch(_past_resident_kernel, (bound, 1), *call.strides, *call.kv_strides, *numbers, **sizes, SIZE=size, **how)
+    else:
+        launch = Launch(_past_streaming_kernel, (bound, 1), *call.strides, *numbers, **sizes, BN=tile.columns, **how)
+    return launch, size, bound
+
+
+@once_a_call
+def _own_launch(call: Call, heads: range, queries: range) -> Launch:
+    blocks = call.blocks
     tile = tile_of("own", blocks.size)
     tiles = -(-blocks.size // tile.rows)
     first_block, last_block = blocks.of(queries.start), blocks.of(queries.stop - 1)
-    launch(
-        _own_kernel, ((last_block - first_block + 1) * tiles, len(heads)), q, k, v, slots, slot_lse, out, lse, blocks.start, blocks.length,
-        blocks.doc_first, *strides, out.stride(0), heads.start, group, num_tokens, queries.start, queries.stop, first_block, scale,
-        TILES=tiles, D=head_dim, P=num_past, BM=tile.rows, BN=tile.columns, INT=int_type, STAGES=tile.stages, warps=tile.warps,
+    return Launch(
+        _own_kernel, ((last_block - first_block + 1) * tiles, len(heads)), *call.strides, *call.kv_strides, call.num_heads * call.head_dim,
+        heads.start, call.group, call.num_tokens, queries.start, queries.stop, first_block, call.scale,
+        TILES=tiles, D=call.head_dim, P=call.num_past, BM=tile.rows, BN=tile.columns, INT=call.offsets, STAGES=tile.stages,
+        warps=tile.warps,
     )  # fmt: skip
+
+
+def moba_forward(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lists: Lists | None, heads: range, queries: range
+) -> None:
+    """Fills `out` `[T, Hq, D]` and `lse` `[Hq, T]` (base 2) for `heads` and a range of queries, whose `lists` these are."""
+    blocks, num_slots = call.blocks, (len(heads), len(queries), call.num_past)
+    slots = torch.empty(*num_slots, call.head_dim, device=q.device, dtype=q.dtype)
+    slot_lse = torch.empty(num_slots, device=q.device, dtype=torch.float32)
+    if lists is not None:
+        launch, size, bound = _past_launch(call, heads, queries)
+        items = cut_lists(call, lists, bound, size)
+        tables = (lists.entries, lists.edges[0], lists.edges[-1], items.ends, items.piece, blocks.start)
+        if _is_resident(call):
+            launch(q, k, v, slots, slot_lse, *tables)
+        else:
+            columns = tile_of("past", blocks.size).columns
+            launch(q, describe(k, columns), describe(v, columns), slots, slot_lse, *tables)
+    _own_launch(call, heads, queries)(q, k, v, slots, slot_lse, out, lse, blocks.start, blocks.length, blocks.doc_first)

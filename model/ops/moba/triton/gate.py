@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.ops.moba.triton.launch import TABLES, launch
-from model.ops.moba.triton.plan import Blocks, power_of_2, tile_of
+from model.ops.moba.triton.launch import TABLES, Launch
+from model.ops.moba.triton.plan import Call, once_a_call, power_of_2, tile_of
 
 
 @triton.jit(do_not_specialize_on_alignment=TABLES)
@@ -47,14 +47,20 @@ class Means:
     """Euclidean, fp32 `[Hkv, N]`."""
 
 
-def block_means(k: Tensor, blocks: Blocks) -> Means:
+@once_a_call
+def _means_launch(call: Call) -> Launch:
+    blocks = call.blocks
+    sizes = {"B": blocks.size, "D": call.head_dim, "ROWS": 64}
+    return Launch(_means_kernel, (blocks.count, call.num_kv), *call.kv_strides, blocks.count, **sizes, warps=4)
+
+
+def block_means(call: Call, k: Tensor) -> Means:
     """Of k `[T, Hkv, D]`, summed in fp32."""
-    _, num_heads, head_dim = k.shape
-    high = torch.empty(num_heads, blocks.count, head_dim, device=k.device, dtype=k.dtype)
-    means = Means(high=high, low=torch.empty_like(high), norm=torch.empty(high.shape[:2], device=k.device, dtype=torch.float32))
-    tables = (means.high, means.low, means.norm, blocks.start, blocks.length)
-    numbers = (k.stride(0), k.stride(1), blocks.count)
-    launch(_means_kernel, (blocks.count, num_heads), k, *tables, *numbers, B=blocks.size, D=head_dim, ROWS=64, warps=4)
+    blocks = call.blocks
+    high = torch.empty(call.num_kv, blocks.count, call.head_dim, device=k.device, dtype=k.dtype)
+    norm = torch.empty(call.num_kv, blocks.count, device=k.device, dtype=torch.float32)
+    means = Means(high=high, low=torch.empty_like(high), norm=norm)
+    _means_launch(call)(k, high, means.low, norm, blocks.start, blocks.length)
     return means
 
 
@@ -126,22 +132,28 @@ def _gate_kernel(
         tl.store(out, kept, mask=out_mask)
 
 
-def choose_blocks(q: Tensor, means: Means, blocks: Blocks, *, heads: range, group: int, num_past: int) -> Tensor:
+@once_a_call
+def _gate_launch(call: Call, heads: range) -> Launch:
+    blocks = call.blocks
+    tile = tile_of("gate", blocks.size)
+    rows = min(tile.rows, power_of_2(blocks.size))
+    tiles = -(-blocks.size // rows)
+    columns = max(16, min(tile.columns, power_of_2(blocks.max_past)))
+    return Launch(
+        _gate_kernel, (blocks.count * tiles, len(heads)), *call.strides, heads.start, call.group, call.num_tokens, blocks.count,
+        TILES=tiles, D=call.head_dim, P=call.num_past, SLOTS=power_of_2(call.num_past), BQ=rows, BN=columns, STAGES=tile.stages,
+        warps=tile.warps,
+    )  # fmt: skip
+
+
+def choose_blocks(call: Call, q: Tensor, means: Means, heads: range) -> Tensor:
     """Global ids of the chosen past blocks of `heads`: int32 `[heads, T, P]`, in no order, then -1 where there are fewer.
 
     Scores are fp32 sums of products with the two halves of the mean, rounded to steps of at most 2**-20 of ‖q‖ times the longest of the
     query's past means: the choice is that of exact arithmetic except where two scores differ by less than such a step and 2**-17 of
     ‖q‖·‖mean‖ (in fp16, whose halves end at 2**-25, also 2**-25 of the sum of |q|). Ties go to the lower block.
     """
-    num_tokens, _, head_dim = q.shape
-    chosen = torch.empty(len(heads), num_tokens, num_past, device=q.device, dtype=torch.int32)
-    tile = tile_of("gate", blocks.size)
-    rows = min(tile.rows, power_of_2(blocks.size))
-    tiles = -(-blocks.size // rows)
-    columns = max(16, min(tile.columns, power_of_2(blocks.max_past)))
-    launch(
-        _gate_kernel, (blocks.count * tiles, len(heads)), q, means.high, means.low, means.norm, chosen, blocks.start, blocks.length,
-        blocks.doc_first, q.stride(0), q.stride(1), heads.start, group, num_tokens, blocks.count, TILES=tiles, D=head_dim, P=num_past,
-        SLOTS=power_of_2(num_past), BQ=rows, BN=columns, STAGES=tile.stages, warps=tile.warps,
-    )  # fmt: skip
+    blocks = call.blocks
+    chosen = torch.empty(len(heads), call.num_tokens, call.num_past, device=q.device, dtype=torch.int32)
+    _gate_launch(call, heads)(q, means.high, means.low, means.norm, chosen, blocks.start, blocks.length, blocks.doc_first)
     return chosen

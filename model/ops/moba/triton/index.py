@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.ops.moba.triton.launch import TABLES, launch
-from model.ops.moba.triton.plan import Blocks, Schedule, power_of_2
+from model.ops.moba.triton.launch import TABLES, Launch
+from model.ops.moba.triton.plan import Call, once_a_call, power_of_2
 
 _NONE = tl.constexpr(0x7FFFFFFF)
 
@@ -23,14 +23,12 @@ class Lists:
 
     entries: Tensor
     """query * P + slot, list after list, by query in each `[pairs]`."""
-    edges: Tensor
-    """`[num_ranges + 1, H * N]`: the list of (head, block) has its entries of query range r from edges[r] to edges[r + 1]."""
-    num_entries: int
-    """Pairs, at most."""
+    edges: tuple[Tensor, ...]
+    """One for each end of a query range, `[H * N]`: the list of (head, block) has its entries of range r from edges[r] to edges[r + 1]."""
 
-    def of_range(self, r: int, most: int) -> "Lists":
-        """The part with queries of one range, at most so many pairs."""
-        return Lists(entries=self.entries, edges=self.edges[r : r + 2], num_entries=min(self.num_entries, most))
+    def of_range(self, r: int) -> "Lists":
+        """The part with queries of one range."""
+        return Lists(entries=self.entries, edges=self.edges[r : r + 2])
 
 
 @triton.jit
@@ -83,34 +81,42 @@ def _scatter_kernel(
                 tl.store(edge + step, end, mask=inside)
 
 
-def build_lists(chosen: Tensor, blocks: Blocks, cut: Schedule, entries: Tensor, edges: Tensor) -> Lists:
+@once_a_call
+def _sort_launches(call: Call) -> tuple[Launch, Launch]:
+    cut, num_blocks, slots = call.cut, call.blocks.count, power_of_2(call.num_past)
+    num_chunks = -(-call.num_tokens // cut.chunk)
+    grid, bits = (num_chunks, cut.heads), (cut.chunk * slots - 1).bit_length()
+    sizes = {"P": call.num_past, "SLOTS": slots, "CHUNK": cut.chunk, "BITS": bits, "warps": 4}
+    count = Launch(_count_kernel, grid, call.num_tokens, num_blocks, num_chunks, **sizes)
+    return count, Launch(_scatter_kernel, grid, num_blocks, num_chunks, cut.tokens // cut.chunk, **sizes, STEP=256)
+
+
+def build_lists(call: Call, chosen: Tensor, entries: Tensor, edges: Tensor) -> None:
     """Sorts `chosen`, int32 `[H, T, P]` of global block ids or -1, by (head, block), into `entries` and the head of `edges`."""
-    num_heads, num_tokens, num_past = chosen.shape
-    slots = power_of_2(num_past)
-    num_chunks = -(-num_tokens // cut.chunk)
-    num_lists = num_heads * blocks.count
-    bits = (cut.chunk * slots - 1).bit_length()
-    keys = torch.empty(num_heads, num_chunks, cut.chunk * slots, device=chosen.device, dtype=torch.int32)
-    counts = torch.zeros(num_lists, num_chunks, device=chosen.device, dtype=torch.int32)
-    edges = edges[: (cut.num_ranges + 1) * num_lists].view(cut.num_ranges + 1, num_lists)
-    grid, sizes = (num_chunks, num_heads), {"P": num_past, "SLOTS": slots, "CHUNK": cut.chunk, "BITS": bits}
-    launch(_count_kernel, grid, chosen, keys, counts, num_tokens, blocks.count, num_chunks, **sizes, warps=4)
-    ends = counts.view(-1).cumsum(0, dtype=torch.int32)
-    numbers = (blocks.count, num_chunks, cut.tokens // cut.chunk)
-    launch(_scatter_kernel, grid, keys, counts, ends, entries, edges, *numbers, **sizes, STEP=256, warps=4)
-    return Lists(entries=entries, edges=edges, num_entries=num_heads * blocks.num_pairs[num_past])
+    count, scatter = _sort_launches(call)
+    num_chunks = -(-call.num_tokens // call.cut.chunk)
+    keys = torch.empty(call.cut.heads, num_chunks, call.cut.chunk * power_of_2(call.num_past), device=chosen.device, dtype=torch.int32)
+    counts = torch.zeros(call.num_lists * num_chunks, device=chosen.device, dtype=torch.int32)
+    count(chosen, keys, counts)
+    scatter(keys, counts, counts.cumsum(0, dtype=torch.int32), entries, edges)
+
+
+def lists_of(call: Call, entries: Tensor, edges: Tensor) -> Lists | None:
+    """The lists of a group of heads, whose `edges` have room for more blocks than there may be; None if there are no past blocks."""
+    if not call.num_past:
+        return None
+    rows = edges.as_strided((call.cut.num_ranges + 1, call.num_lists), (call.num_lists, 1))
+    return Lists(entries=entries, edges=rows.unbind())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Items:
-    """Lists cut into pieces of one size, one program each: how many pieces end with each list, and a bound known to the host."""
+    """Lists cut into pieces of one size, one program each."""
 
     ends: Tensor
     """Pieces of all lists up to and with this one, int32 `[H * N]`."""
     piece: Tensor
     """List of each piece, int32 `[bound]`; what is past the last piece is not set."""
-    bound: int
-    """Programs to launch."""
 
 
 @triton.jit
@@ -135,13 +141,21 @@ def _cut_kernel(BEGIN, END, ENDS, PIECE, num_lists, SIZE: tl.constexpr, SKIP: tl
         tl.store(PIECE + end - pieces + i, which, mask=i < pieces)
 
 
-def cut_lists(lists: Lists, size: int, *, skip: int = 0) -> Items:
-    """Pieces of `size` entries, without the first `skip` of each list; a list's last may be short."""
-    begin, end = lists.edges[0], lists.edges[-1]
-    num_lists = len(begin)
-    bound = lists.num_entries // size + (0 if skip else num_lists)
-    ends = torch.empty(num_lists, device=begin.device, dtype=torch.int32)
-    piece = torch.empty(bound, device=begin.device, dtype=torch.int32)
-    grid = (-(-num_lists // 128), 1)
-    launch(_cut_kernel, grid, begin, end, ends, piece, num_lists, SIZE=size, SKIP=skip, STEP=128, BEFORE=1024, warps=4)
-    return Items(ends=ends, piece=piece, bound=bound)
+@once_a_call
+def _cut_launch(call: Call, size: int, skip: int) -> Launch:
+    sizes = {"SIZE": size, "SKIP": skip, "STEP": 128, "BEFORE": 1024}
+    return Launch(_cut_kernel, (-(-call.num_lists // 128), 1), call.num_lists, **sizes, warps=4)
+
+
+def most_pieces(call: Call, queries: range, size: int, skip: int = 0) -> int:
+    """Pieces that `cut_lists` makes, at most: what the host knows of their number."""
+    return call.most_pairs(queries) // size + (0 if skip else call.num_lists)
+
+
+def cut_lists(call: Call, lists: Lists, bound: int, size: int, skip: int = 0) -> Items:
+    """At most `bound` pieces of `size` entries, without the first `skip` pieces of each list; a list's last may be short."""
+    device = lists.entries.device
+    ends = torch.empty(call.num_lists, device=device, dtype=torch.int32)
+    piece = torch.empty(bound, device=device, dtype=torch.int32)
+    _cut_launch(call, size, skip)(lists.edges[0], lists.edges[-1], ends, piece)
+    return Items(ends=ends, piece=piece)

@@ -3,7 +3,6 @@
 Two operators of torch's dispatcher, so that torch.compile sees through to their shapes and never into the kernels.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +13,9 @@ from model.ops.checks import document_bounds
 from model.ops.moba.triton.backward import keys_gradient, output_dot_gradient, queries_gradient
 from model.ops.moba.triton.forward import moba_forward
 from model.ops.moba.triton.gate import block_means, choose_blocks
-from model.ops.moba.triton.index import Lists, build_lists
-from model.ops.moba.triton.plan import Schedule, block_table, keeps_dq, schedule
+from model.ops.moba.triton.index import build_lists, lists_of
+from model.ops.moba.triton.launch import aligned, copied, is_aligned
+from model.ops.moba.triton.plan import Schedule, call_of, schedule
 
 
 def moba_triton(
@@ -27,36 +27,19 @@ def moba_triton(
     and merging in fp32; two runs are equal to the bit. The lists of who chose what are saved for the backward pass; a forward
     pass that is computed again (activation checkpointing) makes them anew from the same bits.
     """
-    return torch.ops.moba.forward(q, k, v, cu_seqlens, block_size, topk, softmax_scale, workspace)[0]
-
-
-def _aligned(x: Tensor) -> bool:
-    """Whether rows can be copied 16 bytes at a time, as far as Triton can tell: from strides that 16 divides."""
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:-1])
-
-
-def _copy(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)  # contiguous() would leave a dense one where it lies
+    return torch.ops.moba.forward.default(q, k, v, cu_seqlens, block_size, topk, softmax_scale, workspace)[0]
 
 
 def _inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Keys and values alike, with heads side by side, as projections leave them: the copy engine asks for that. Others are copied.
-    if not (_aligned(k) and _aligned(v) and k.stride() == v.stride() and k.stride(1) == k.shape[-1]):
-        k, v = _copy(k), _copy(v)
-    return q if _aligned(q) else _copy(q), k, v
+    if not (is_aligned(k) and is_aligned(v) and k.stride() == v.stride() and k.stride(1) == k.shape[-1]):
+        k, v = copied(k), copied(v)
+    return aligned(q), k, v
 
 
 def _schedule(q: Tensor, k: Tensor, cu_seqlens: Tensor, block_size: int, topk: int, workspace: int) -> Schedule:
     sizes = {"num_docs": cu_seqlens.shape[0] - 1, "block_size": block_size, "topk": topk, "workspace": workspace}
     return schedule(tuple(q.shape), k.shape[1], q.element_size(), **sizes)
-
-
-def _bounds(q: Tensor, cu_seqlens: Tensor) -> tuple[int, ...]:
-    return tuple(document_bounds(cu_seqlens, num_tokens=q.shape[0], device=q.device))
-
-
-def _ranges(cut: Schedule, num_tokens: int) -> list[range]:
-    return [range(first, min(first + cut.tokens, num_tokens)) for first in range(0, num_tokens, cut.tokens)]
 
 
 def _saved_shapes(q: Tensor, cut: Schedule) -> tuple[list[int], list[int]]:
@@ -70,25 +53,18 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output `[T, Hq, D]`, log-sum-exp `[Hq, T]` (base 2, fp32), and by group of heads the lists' entries and edges (`Lists`)."""
     q, k, v = _inputs(q, k, v)
-    num_tokens, num_heads, _ = q.shape
-    cut = _schedule(q, k, cu_seqlens, block_size, topk, workspace)
-    blocks = block_table(_bounds(q, cu_seqlens), block_size, cut.num_slots, q.device)
-    num_past = min(cut.num_slots, blocks.max_past)
+    bounds = tuple(document_bounds(cu_seqlens, num_tokens=q.shape[0], device=q.device))
+    call = call_of(q, k, bounds, block_size=block_size, topk=topk, softmax_scale=softmax_scale, workspace=workspace)
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
-    lse = torch.empty(num_heads, num_tokens, device=q.device, dtype=torch.float32)
-    entries, edges = (torch.empty(shape, device=q.device, dtype=torch.int32) for shape in _saved_shapes(q, cut))
-    means = block_means(k, blocks) if num_past else None
-    for g in range(cut.num_groups):
-        heads = range(g * cut.heads, (g + 1) * cut.heads)
-        lists = None
+    lse = torch.empty(call.num_heads, call.num_tokens, device=q.device, dtype=torch.float32)
+    entries, edges = (torch.empty(shape, device=q.device, dtype=torch.int32) for shape in _saved_shapes(q, call.cut))
+    means = block_means(call, k) if call.num_past else None
+    for heads, group_entries, group_edges in zip(call.groups, entries.unbind(), edges.unbind()):
         if means is not None:
-            chosen = choose_blocks(q, means, blocks, heads=heads, group=num_heads // k.shape[1], num_past=num_past)
-            lists = build_lists(chosen, blocks, cut, entries[g], edges[g])
-            del chosen
-        for r, queries in enumerate(_ranges(cut, num_tokens)):
-            part = lists and lists.of_range(r, cut.heads * len(queries) * num_past)
-            sizes: dict[str, Any] = {"blocks": blocks, "heads": heads, "queries": queries, "num_past": num_past}
-            moba_forward(q, k, v, out, lse, lists=part, scale=softmax_scale / math.log(2), **sizes)
+            build_lists(call, choose_blocks(call, q, means, heads), group_entries, group_edges)
+        lists = lists_of(call, group_entries, group_edges)
+        for r, queries in enumerate(call.ranges):
+            moba_forward(call, q, k, v, out, lse, lists and lists.of_range(r), heads, queries)
     return out, lse, entries, edges
 
 
@@ -104,30 +80,21 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq `[T, Hq, D]`, dk and dv `[T, Hkv, D]`."""
     q, k, v = _inputs(q, k, v)
-    out = out if _aligned(out) else _copy(out)  # what hooks on saved tensors make of it lies anywhere
-    num_tokens = len(q)
-    cut = _schedule(q, k, cu_seqlens, block_size, topk, workspace)
-    blocks = block_table(_bounds(q, cu_seqlens), block_size, cut.num_slots, q.device)
-    num_past = min(cut.num_slots, blocks.max_past)
-    d_out = d_out if _aligned(d_out) else _copy(d_out)
+    d_out = aligned(d_out)
+    out = out if out.is_contiguous() and is_aligned(out) else copied(out)  # what hooks on saved tensors make of it lies anywhere
+    bounds = tuple(document_bounds(cu_seqlens, num_tokens=q.shape[0], device=q.device))
+    sizes: dict[str, Any] = {"block_size": block_size, "topk": topk, "softmax_scale": softmax_scale, "workspace": workspace}
+    call = call_of(q, k, bounds, **sizes, d_out=d_out)
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
-    delta = output_dot_gradient(out, d_out)
-    scales = {"scale": softmax_scale / math.log(2), "softmax_scale": softmax_scale}
-    for g in range(cut.num_groups):
-        heads = range(g * cut.heads, (g + 1) * cut.heads)
-        sizes: dict[str, Any] = {"blocks": blocks, "heads": heads, "num_past": num_past, **scales}
-        lists = slots = None
-        if num_past:
-            num_lists = cut.heads * blocks.count
-            rows = edges[g, : (cut.num_ranges + 1) * num_lists].view(cut.num_ranges + 1, num_lists)
-            lists = Lists(entries=entries[g], edges=rows, num_entries=cut.heads * blocks.num_pairs[num_past])
-            # All of a block's keys in one tile: dQ's part of it is whole.
-            if cut.num_ranges == 1 and keeps_dq(block_size, q.device):
-                slots = q.new_empty(cut.heads, num_tokens, num_past, q.shape[-1])
-        keys_gradient(q, k, v, d_out, lse, delta, dk, dv, slots, lists=lists, num_ranges=cut.num_ranges, **sizes)
-        for r, queries in enumerate(_ranges(cut, num_tokens)):
-            part = lists and lists.of_range(r, cut.heads * len(queries) * num_past)
-            queries_gradient(q, k, v, d_out, lse, delta, dq, slots, lists=part, queries=queries, **sizes)
+    delta = output_dot_gradient(call, out, d_out)
+    for heads, group_entries, group_edges in zip(call.groups, entries.unbind(), edges.unbind()):
+        lists = lists_of(call, group_entries, group_edges)
+        slots = None
+        if call.keeps_dq:
+            slots = torch.empty(len(heads), call.num_tokens, call.num_past, call.head_dim, device=q.device, dtype=q.dtype)
+        keys_gradient(call, q, k, v, d_out, lse, delta, dk, dv, slots, lists, heads)
+        for r, queries in enumerate(call.ranges):
+            queries_gradient(call, q, k, v, d_out, lse, delta, dq, slots, lists and lists.of_range(r), heads, queries)
     return dq, dk, dv
 
 
@@ -135,26 +102,11 @@ def _backward_shapes(q, k, v, cu_seqlens, out, lse, entries, edges, d_out, block
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-def _save(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens, *ctx.arguments = inputs
-    ctx.save_for_backward(q, k, v, cu_seqlens, *output)
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _differentiate(ctx, d_out: Tensor, *_: Tensor):
-    q, k, v, cu_seqlens, *saved = ctx.saved_tensors
-    return *torch.ops.moba.backward(q, k, v, cu_seqlens, *saved, d_out, *ctx.arguments), None, None, None, None, None
-
-
-def _differentiate_twice(ctx, *_: Tensor):
-    raise RuntimeError("moba::backward: backend='triton' has no second derivative; backend='reference' has")
-
-
 # By hand rather than by `torch.library.custom_op`, whose wrappers take the host 60 µs of a forward and backward.
 _LIBRARY = torch.library.Library("moba", "DEF")
 
 
-def _register(run: Callable, shapes: Callable, differentiate: Callable, save: Callable | None = None) -> None:
+def _register(run: Callable, shapes: Callable) -> None:
     def run_there(q: Tensor, *args: Any) -> tuple[Tensor, ...]:
         with torch.cuda.device_of(q):  # kernels are launched on the current device
             return run(q, *args)
@@ -163,8 +115,34 @@ def _register(run: Callable, shapes: Callable, differentiate: Callable, save: Ca
     _LIBRARY.define(name + torch.library.infer_schema(run, mutates_args=()))
     _LIBRARY.impl(name, run_there, "CompositeExplicitAutograd")
     torch.library.register_fake(f"moba::{name}", shapes, lib=_LIBRARY)
-    torch.library.register_autograd(f"moba::{name}", differentiate, setup_context=save, lib=_LIBRARY)
 
 
-_register(_forward, _forward_shapes, _differentiate, _save)
-_register(_backward, _backward_shapes, _differentiate_twice)
+class _Attention(torch.autograd.Function):
+    """`moba::forward` with its derivative: what `torch.library.register_autograd` would make, less its looks at the schema in each call."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *sizes: int | float):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, *saved = torch.ops.moba.forward.default(q, k, v, cu_seqlens, *sizes)
+        ctx.sizes = sizes
+        ctx.save_for_backward(q, k, v, cu_seqlens, out, *saved)
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)  # no zeros for what has no gradient: lists are large
+        return out, *saved
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor | None, *_: None):
+        if d_out is None:
+            return (None,) * 8
+        q, k, v, cu_seqlens, *saved = ctx.saved_tensors
+        return *torch.ops.moba.backward.default(q, k, v, cu_seqlens, *saved, d_out, *ctx.sizes), None, None, None, None, None
+
+
+def _differentiate_twice(ctx, *_: Tensor):
+    raise RuntimeError("moba::backward: backend='triton' has no second derivative; backend='reference' has")
+
+
+_register(_forward, _forward_shapes)
+_register(_backward, _backward_shapes)
+_LIBRARY.impl("forward", _Attention.apply, "Autograd")
+torch.library.register_autograd("moba::backward", _differentiate_twice, lib=_LIBRARY)
