@@ -4,6 +4,10 @@ Shape letters: N tokens, n of a tile, h hidden, f FFN. Gate and up have weights 
 dispatcher, so that torch.compile neither unrolls the tiles nor breaks its graph at them.
 """
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -12,6 +16,23 @@ from model.ops.products import add_product
 
 _Weights = tuple[Tensor, ...]
 """Of gate, up and down."""
+
+
+_unread = ContextVar("_unread", default=False)
+
+
+@contextlib.contextmanager
+def output_unread() -> Iterator[None]:
+    """Inside it `tiled_swiglu` gives memory of any content and computes nothing.
+
+    For a layer that is computed again for its backward pass: the feed-forward is its last part, nothing reads what it gave, and its own
+    backward pass reads its inputs alone. It saves 3 products of 14.
+    """
+    token = _unread.set(True)
+    try:
+        yield
+    finally:
+        _unread.reset(token)
 
 
 def tiled_swiglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor, tile: int) -> Tensor:
@@ -27,6 +48,8 @@ def tiled_swiglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight:
 @torch.library.custom_op("swiglu::forward", mutates_args=())
 def _forward(x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor, tile: int) -> Tensor:
     y = torch.empty_like(x)
+    if _unread.get():
+        return y
     for part, out in zip(x.split(tile), y.split(tile), strict=True):
         gate, up = functional.linear(part, gate_weight), functional.linear(part, up_weight)
         torch.mm(functional.silu(gate).mul_(up), down_weight.t(), out=out)

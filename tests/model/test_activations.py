@@ -18,9 +18,9 @@ RULES = ("full", "moba(8, 2)", "every 2 moba(8, 2), rest sliding(16)")
 ROWS = ([20, 1, 24], [9, 27, 9])
 
 
-def _model(rule: str, kept: str, **changes: object) -> Transformer:
+def _model(rule: str, kept: str, ffn_tile: int = 0, **changes: object) -> Transformer:
     config = tiny_config(num_layers=3, **changes)
-    model = build(config, rule, nope="every 3")
+    model = build(config, rule, nope="every 3", ffn_tile=ffn_tile)
     model.set_activation(ActivationConfig(rule=kept).per_layer(3))
     return model
 
@@ -43,6 +43,17 @@ def test_whatever_is_kept_losses_and_gradients_have_the_same_bits(rule, changes)
     for kept in KEPT:
         found = _accumulate(_model(rule, kept, **changes))
         assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == [], kept
+
+
+@pytest.mark.parametrize("kept", ["selective", "full", "offload"])
+def test_a_tiled_feed_forward_is_not_computed_again_for_an_output_that_nothing_reads(kept, monkeypatch):
+    tiles, plain = [], torch.nn.functional.silu
+    monkeypatch.setattr(torch.nn.functional, "silu", lambda x: tiles.append(len(x)) or plain(x))
+    expected = _accumulate(_model("moba(8, 2)", "none", ffn_tile=16))
+    once = len(tiles)
+    found = _accumulate(_model("moba(8, 2)", kept, ffn_tile=16))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert len(tiles) == 2 * once and once == 2 * 3 * 2 * 3  # forward and backward, layers, rows of 45 tokens, tiles of a row
 
 
 class _Attention(TorchDispatchMode):

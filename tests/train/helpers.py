@@ -111,9 +111,7 @@ def launch(arguments: list[str], *, num_ranks: int, timeout: float = 240) -> sub
     return execute([*launcher, "--master_port", str(free_port()), *arguments], timeout=timeout)
 
 
-def start_ranks(
-    arguments: list[str], *, num_ranks: int, timeout: float = 240, gpus: bool = False
-) -> subprocess.CompletedProcess[str]:
+def start_ranks(arguments: list[str], *, num_ranks: int, timeout: float = 240, gpus: bool = False) -> subprocess.CompletedProcess[str]:
     """The same without the CLI, whose two imports of deepspeed cost more than a tiny run; when a rank fails the others are ended.
 
     With `gpus` each rank has a GPU, or the test is skipped where there are too few.
