@@ -76,9 +76,12 @@ def _save(ctx, inputs, output) -> None:
     q, k, v, cu_seqlens, ctx.softmax_scale = inputs
     ctx.save_for_backward(q, k, v, cu_seqlens, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the log-sum-exp, which has no gradient
 
 
-def _differentiate(ctx, d_out: Tensor, _: Tensor):
+def _differentiate(ctx, d_out: Tensor | None, _: None):
+    if d_out is None:
+        return (None,) * 5
     q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
     return *_backward(d_out, q, k, v, cu_seqlens, out, lse, ctx.softmax_scale), None, None
 

@@ -17,6 +17,7 @@ from model.ops.moba.triton import operator, plan
 from tests.model.helpers import build, pack, tiny_config
 from tests.model.ops.helpers import (
     assert_error_within_twice,
+    assert_fills_nothing_for_no_gradient,
     assert_largest_error_within_twice,
     cu_seqlens,
     forward_backward,
@@ -511,22 +512,8 @@ def test_second_derivative_is_refused(target):
         torch.autograd.grad(d_q.sum(), q)
 
 
-class Dropped(torch.autograd.Function):
-    """Its input has no gradient."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, _):
-        return None
-
-
-def test_output_without_a_gradient_gives_none(target):
-    q, k, v, d_out = target.inputs(100, 1, 1, 64, seed=83)
-    out = Dropped.apply(moba(q, k, v, bounds=[0, 100], block_size=64, topk=2))
-    assert torch.autograd.grad(out, (q, k, v), d_out, allow_unused=True) == (None, None, None)
+def test_what_has_no_gradient_gets_none(target):
+    assert_fills_nothing_for_no_gradient(partial(moba, bounds=[0, 100], block_size=64, topk=2), target.inputs(100, 1, 1, 64, seed=83))
 
 
 def test_operators_keep_the_rules_of_torch(target):
