@@ -53,8 +53,8 @@ def test_more_choices_than_the_index_counts_are_refused(monkeypatch):
     assert refusal(q, k, block_size=64, topk=2) is None
 
 
-@pytest.mark.parametrize("workspace", [0, -1, 1.5])
+@pytest.mark.parametrize("workspace", [0, -1, 1.5, "1GiB"])
 def test_a_workspace_that_is_none(workspace):
     q = torch.zeros(9, 1, 64)
-    with pytest.raises(ValueError, match=f"^workspace={workspace}; accepted: an integer of at least 1$"):
+    with pytest.raises(ValueError, match=f"^workspace={workspace!r}; accepted: an integer of at least 1$"):
         moba_attention(q, q, q, block_size=64, topk=2, workspace=workspace)
