@@ -16,12 +16,12 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, 
 
     Returns the document boundaries `[0, ..., T]` as Python integers. Raises ValueError.
     """
-    check_packed(q, k, v, softmax_scale)
-    return document_bounds(cu_seqlens, num_tokens=q.shape[0], device=q.device)
+    check_packed(q, k, v, cu_seqlens, softmax_scale)
+    return document_bounds(cu_seqlens, num_tokens=q.shape[0])
 
 
-def check_packed(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> None:
-    """The part of `check_attention` that reads no values: q `[T, Hq, D]`, k and v `[T, Hkv, D]`."""
+def check_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, softmax_scale: float | None) -> None:
+    """The part of `check_attention` that reads no values: q `[T, Hq, D]`, k and v `[T, Hkv, D]`, cu_seqlens int32 `[n_docs+1]` or None."""
     check_tensors({"q": q, "k": k, "v": v})
     if k.shape != v.shape:
         raise ValueError(f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; both must be [T, Hkv, D]")
@@ -29,6 +29,8 @@ def check_packed(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -
         raise ValueError(f"q has T={q.shape[0]} tokens and k T={k.shape[0]}; they must be equal")
     check_heads(q, k)
     check_scale(softmax_scale)
+    if cu_seqlens is not None:
+        _check_boundaries(cu_seqlens, q.device)
 
 
 def check_routing(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> list[int]:
@@ -95,19 +97,23 @@ def check_backend(backend: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"{_given('backend', backend)}; accepted: {', '.join(known)}")
 
 
-def document_bounds(cu_seqlens: Tensor | None, *, num_tokens: int, device: torch.device) -> list[int]:
-    """`cu_seqlens` as a checked list of integers; None means one document.
-
-    It may live on the CPU beside GPU inputs, which saves a device synchronisation.
-    """
-    if cu_seqlens is None:
-        return [0, num_tokens]
+def _check_boundaries(cu_seqlens: Tensor, device: torch.device) -> None:
+    """A dense int32 vector of at least two, on the inputs' device or the CPU."""
     if not _is_dense(cu_seqlens, 1) or cu_seqlens.numel() < 2:
         raise ValueError(f"cu_seqlens must be a tensor [n_docs+1] with n_docs >= 1, got {_describe(cu_seqlens)}")
     if cu_seqlens.dtype != torch.int32:
         raise ValueError(f"cu_seqlens has dtype {cu_seqlens.dtype}; accepted: torch.int32")
     if cu_seqlens.device not in (device, torch.device("cpu")):
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; accepted: {device} (as q) or cpu")
+
+
+def document_bounds(cu_seqlens: Tensor | None, *, num_tokens: int) -> list[int]:
+    """`cu_seqlens`, whose shape, dtype and device `check_packed` has checked, as a checked list of integers; None means one document.
+
+    It may live on the CPU beside GPU inputs, which saves a device synchronisation.
+    """
+    if cu_seqlens is None:
+        return [0, num_tokens]
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
         raise ValueError(f"cu_seqlens starts at {bounds[0]}; it must start at 0")

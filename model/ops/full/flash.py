@@ -31,7 +31,7 @@ def _on_device(bounds: tuple[int, ...], device: torch.device) -> tuple[Tensor, i
 
 
 def _bounds(q: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, int]:
-    return _on_device(tuple(document_bounds(cu_seqlens, num_tokens=q.shape[0], device=q.device)), q.device)
+    return _on_device(tuple(document_bounds(cu_seqlens, num_tokens=q.shape[0])), q.device)
 
 
 @torch.library.custom_op("full::flash_forward", mutates_args=())
