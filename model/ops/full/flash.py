@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.ops.checks import document_bounds
 from model.ops.full.gpu import aligned
+from model.ops.graphs import lasting
 
 
 def full_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, softmax_scale: float) -> Tensor:
@@ -31,7 +32,7 @@ def _on_device(bounds: tuple[int, ...], device: torch.device) -> tuple[Tensor, i
 
 
 def _bounds(q: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, int]:
-    return _on_device(tuple(document_bounds(cu_seqlens, num_tokens=q.shape[0])), q.device)
+    return lasting(_on_device(tuple(document_bounds(cu_seqlens, num_tokens=q.shape[0])), q.device), q.device)
 
 
 @torch.library.custom_op("full::flash_forward", mutates_args=())

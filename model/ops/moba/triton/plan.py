@@ -15,6 +15,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from model.ops.graphs import lasting
 from model.ops.moba.routing import block_layout
 from model.ops.moba.triton.schedule import Schedule, schedule
 
@@ -140,7 +141,7 @@ def call_of(
     """Of q `[T, Hq, D]`, k `[T, Hkv, D]`, documents with boundaries `bounds`, and in the backward pass the output's gradient."""
     grad_strides = (0, 0, 1) if d_out is None else d_out.stride()
     views = (q.shape, q.stride(), k.shape, k.stride(), grad_strides, q.dtype, q.device)
-    return _call_of(*views, bounds, block_size, topk, softmax_scale, workspace)
+    return lasting(_call_of(*views, bounds, block_size, topk, softmax_scale, workspace), q.device)
 
 
 @functools.lru_cache(maxsize=32)  # the layers of a model, and its steps on rows of one document, ask for the same
