@@ -389,7 +389,7 @@ class AttentionConfig:
     backend: AttentionBackend = AttentionBackend.AUTO
     """auto, reference, torch or triton."""
     workspace_mib: int = 1024
-    """Memory that the triton backend may hold of partial results beyond inputs, output and gradients, in MiB."""
+    """Memory that the triton backend may hold of partial results, or to sort choices, beyond inputs, output and gradients, in MiB."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "block_size", "topk", "workspace_mib")

@@ -12,6 +12,7 @@ from configs.schema import LossBackend, ModelConfig
 from model.ops.full.packed import CUDNN_LENGTH
 from model.ops.loss.tiled import tile_tokens
 from model.ops.moba.blocked import WORKSPACE_BUDGET
+from model.ops.moba.triton.schedule import schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class PassBytes:
     """Peak of a layer's backward pass beyond `activations`, of which layers whose turn is over have let go: what is computed again,
     gradients of FFN or attention, gate and slots of MoBA; and the gradient of a tied head."""
     gate_and_slots: int
-    """What MoBA layers have of their own in it: means, ids and partial results of the blocks chosen; 0 where no layer is MoBA."""
+    """What MoBA layers have of their own in it: means, ids of the blocks chosen, and their partial results, or what sorts the ids before
+    there are any, if that is more; 0 where no layer is MoBA."""
 
     @property
     def peak(self) -> int:
@@ -207,13 +209,23 @@ class _Shapes:
         return max(ffn, gradients + self.gate_and_slots(attention) + copies - freed)
 
     def gate_and_slots(self, attention: LayerAttention) -> int:
-        """Bytes of block means (fp32, or two halves), ids of the chosen, and partial results, of a MoBA layer."""
+        """Bytes of block means (fp32, or two halves), ids of the chosen, and partial results or what sorts the ids, of a MoBA layer."""
         if attention.kind != "moba":
             return 0
         past, head_dim, heads = self.slots(attention), self.config.head_dim, self.num_tokens * self.config.num_heads
         partial = past * head_dim * self.itemsize + 8 * past if self.triton else 4 * (past + 1) * head_dim
         means = 4 * self.num_tokens * self.kv_size // attention.block_size
-        return min(self.triton_workspace or 4 * WORKSPACE_BUDGET, heads * partial) + means + 4 * heads * past
+        held = min(self.triton_workspace or 4 * WORKSPACE_BUDGET, heads * partial)
+        return max(held, self.index(attention)) + means + 4 * heads * past
+
+    def index(self, attention: LayerAttention) -> int:
+        """Bytes that sorting the chosen by block holds at once, in the Triton backend."""
+        if not self.triton:
+            return 0
+        config, degree = self.config, self.sequence_parallel
+        q_shape = (self.rows * self.seq_len, config.num_heads // degree, config.head_dim)
+        sizes = {"num_docs": self.rows, "block_size": attention.block_size, "topk": attention.topk, "workspace": self.triton_workspace}
+        return schedule(q_shape, config.num_kv_heads // degree, self.itemsize, **sizes).index_bytes
 
     def slots(self, attention: LayerAttention) -> int:
         """Past blocks that are kept for each query and head."""

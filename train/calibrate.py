@@ -14,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from configs.layers import LayerAttention
-from configs.schema import ConfigError, PlanConfig, Precision, StageConfig
+from configs.schema import ConfigError, PlanConfig, StageConfig
 from model.memory import effective
 from model.transformer import Transformer
 from train.distributed import choose_device
+from train.kernels import check_attention, check_loss, compute_dtype
 from train.memory import free_host_memory, layers_bytes, stage_bytes
 from train.plan import Plan, StagePlan
-from train.trainer import check_loss
 
 REPEATS = 3  # after one call to warm up; the fastest counts
 
@@ -51,8 +51,9 @@ class StageFigures:
 
 def calibrate(plan: Plan) -> tuple[str, tuple[StageFigures, ...]]:
     """The device's name and the figures of each stage. Raises ConfigError where the device cannot hold two layers, or not take the
-    loss that the plan asks for."""
+    attention or the loss that the plan asks for."""
     device = choose_device(plan.config.device)
+    check_attention(plan.config, device, world_size=plan.config.num_gpus)
     check_loss(plan.config, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return name, tuple(_measure_stage(plan.config, stage, index, device) for index, stage in enumerate(plan.stages))
@@ -102,7 +103,7 @@ def _measure(config: PlanConfig, stage: StageConfig, layers: list[tuple[LayerAtt
     with device:
         model = Transformer(shape, attention, rope, backend, workspace, loss=loss, ffn_tile=tile)
     model.set_activation(activation)
-    model.to(torch.bfloat16 if config.parallel.precision is Precision.BF16 else torch.float32)
+    model.to(compute_dtype(config.parallel))
     rows = config.micro_batch_rows(stage, config.num_gpus)
     num_tokens = rows * stage.seq_len
     tokens = torch.randint(shape.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0)).to(device)

@@ -14,11 +14,12 @@ from train import checkpoint
 from train.distributed import Ranks, on_main, sum_over_ranks
 from train.engine import Engine
 from train.initial import begin_from, note_beginning
+from train.kernels import check_attention, check_loss
 from train.metrics import Metrics
 from train.profiling import Profiler
 from train.run_dir import CHECKPOINTS, own_run_dir, record_launch
 from train.saving import Saver
-from train.trainer import Trainer, check_heldout, check_loss, check_mixes, dry_run
+from train.trainer import Trainer, check_heldout, check_mixes, dry_run
 
 
 class _Interrupt:
@@ -41,6 +42,7 @@ def train(run: RunConfig, ranks: Ranks) -> None:
     check_vocabulary(run, corpus=corpus.name, vocab_size=corpus.vocab_size)
     check_mixes(run, corpus)
     check_heldout(run, corpus)
+    check_attention(run, ranks.device, world_size=ranks.world_size)
     check_loss(run, ranks.device)
     with contextlib.ExitStack() as held:
         folder = on_main(ranks, lambda: held.enter_context(own_run_dir(run)))

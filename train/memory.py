@@ -4,11 +4,13 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from configs.layers import LayerAttention
 from configs.schema import AttentionBackend, ConfigError, ParallelConfig, Precision, RunConfig, StageConfig
 from model.memory import PassBytes, pass_bytes
-from model.ops.moba.triton.limits import refused_sizes
 from train.distributed import Ranks, gather_objects
+from train.kernels import triton_refusal
 
 # Of a container, by version of cgroups: its limit, what counts against it, and where its statistics say what of that can be had back.
 _CGROUPS = (
@@ -33,7 +35,7 @@ def layers_bytes(
 ) -> PassBytes:
     """The same in a model whose layers have `attention` and keep `activation`."""
     rows = run.micro_batch_rows(stage, world_size)
-    triton = gpu and _triton_serves(run, stage, attention, num_tokens=rows * stage.seq_len)
+    triton = gpu and _triton_serves(run, stage, attention, world_size=world_size)
     return pass_bytes(
         run.model,
         attention,
@@ -49,12 +51,11 @@ def layers_bytes(
     )
 
 
-def _triton_serves(run: RunConfig, stage: StageConfig, attention: Sequence[LayerAttention], *, num_tokens: int) -> bool:
+def _triton_serves(run: RunConfig, stage: StageConfig, attention: Sequence[LayerAttention], *, world_size: int) -> bool:
     """Whether `backend` comes to Triton on a GPU for all MoBA layers: what its limits refuse, `auto` gives to torch."""
-    chosen = stage.attention.backend in (AttentionBackend.AUTO, AttentionBackend.TRITON) and run.parallel.precision is Precision.BF16
-    sizes = {"num_tokens": num_tokens, "head_dim": run.model.head_dim, "group": run.model.num_heads // run.model.num_kv_heads}
-    moba = [kind for kind in attention if kind.kind == "moba"]
-    return chosen and not any(refused_sizes(block_size=kind.block_size, topk=kind.topk, **sizes) for kind in moba)
+    chosen = stage.attention.backend in (AttentionBackend.AUTO, AttentionBackend.TRITON)
+    gpu = torch.device("cuda")
+    return chosen and not any(triton_refusal(run, stage, kind, gpu, world_size=world_size) for kind in attention if kind.kind == "moba")
 
 
 def check_host_memory(run: RunConfig, ranks: Ranks, stages: Sequence[StageConfig]) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from configs.checks import check_run, check_vocabulary
 from configs.layers import LayerAttention
-from configs.schema import ConfigError, ParallelConfig, PlanConfig, Precision, RunConfig, StageConfig
+from configs.schema import AttentionBackend, ConfigError, ParallelConfig, PlanConfig, Precision, RunConfig, StageConfig
 from data.manifest import FILE_NAME
 from data.mix import MixReport, report
 from data.shards import Corpus
@@ -21,11 +21,14 @@ from train.crossover import Crossover, crossover
 from train.engine import deepspeed_config
 from train.gpus import GPUS
 from train.initial import open_initial
+from train.kernels import check_attention, triton_refusal
 from train.memory import itemsize, stage_bytes
 from train.optim import build_optimizer
 from train.traffic import GATHERED, Exchange, Traffic, exchange, traffic
 from train.trainer import check_heldout, check_mixes
 
+# What a run is planned for, whether this machine has one or not.
+_GPU = torch.device("cuda")
 # The next rules for activations.
 _KEEPS_LESS = {"none": ("selective", "full"), "selective": ("full",), "full": ("offload",)}
 
@@ -134,6 +137,7 @@ def check_plan(config: PlanConfig) -> list[str]:
     if config.gpu not in GPUS:
         raise ConfigError(f"gpu={config.gpu}: is not known; accepted: {', '.join(GPUS)}")
     check_run(config, world_size=config.num_gpus)
+    check_attention(config, _GPU, world_size=config.num_gpus)
     with torch.device("meta"):
         model = Transformer(config.model, config.stages[0].attention.per_layer(config.model.num_layers), config.stages[0].rope)
     build_optimizer(model, config.optim)
@@ -209,6 +213,8 @@ def _stage_notes(config: PlanConfig, plan: StagePlan, index: int) -> list[str]:
                 f"{plan.stage.seq_len} have no more: it is full attention there, and computed as such; longer rows or smaller numbers "
                 "make it sparse"
             )
+        elif refused := _leaves_triton(config, plan.stage, kind):
+            notes.append(f"stages.{index}.attention.backend=auto: takes torch for {kind}, slow on a GPU, as triton does not: {refused}")
     if (degree := config.parallel.sequence_parallel) > 1:
         tokens = plan.micro_batch_rows * plan.stage.seq_len // degree
         sent = exchange_bytes(config.model, tokens=tokens, degree=degree, itemsize=itemsize(config.parallel))
@@ -233,6 +239,13 @@ def _stage_notes(config: PlanConfig, plan: StagePlan, index: int) -> list[str]:
             f"most of it {'is' if largest.startswith('a ') else 'are'} {largest}, {size / 1e9:,.0f} GB: {remedy}"
         )
     return notes
+
+
+def _leaves_triton(config: PlanConfig, stage: StageConfig, kind: LayerAttention) -> str | None:
+    """Why `auto` gives a MoBA layer to another backend on a GPU; None where it does not, or is not what was asked for."""
+    if kind.kind != "moba" or stage.attention.backend is not AttentionBackend.AUTO:
+        return None
+    return triton_refusal(config, stage, kind, _GPU, world_size=config.num_gpus)
 
 
 def _smaller(config: PlanConfig, plan: StagePlan, *keeping: str) -> str:

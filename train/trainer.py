@@ -6,12 +6,11 @@ from typing import Any
 import torch
 
 from configs.mapping import to_mapping
-from configs.schema import ConfigError, Precision, RunConfig, StageConfig
+from configs.schema import ConfigError, RunConfig, StageConfig
 from data.loader import Batch, OpenCorpus, build_loader, heldout_rows, require_documents
 from data.mix import MixedStream
 from data.shards import Corpus
 from model.accounting import training_flops
-from model.ops.loss import refusal
 from model.transformer import Transformer
 from train.checkpoint import TrainingState
 from train.distributed import Ranks, gather_objects, sum_over_ranks
@@ -186,13 +185,6 @@ def check_heldout(run: RunConfig, corpus: OpenCorpus) -> None:
     if run.evaluation.rows:
         for seq_len in sorted({stage.seq_len for stage in run.stages}):
             heldout_rows(corpus, seq_len=seq_len, rows=1)
-
-
-def check_loss(run: RunConfig, device: torch.device) -> None:
-    """Raises ConfigError where the chosen loss cannot be computed on the device, before the model is built."""
-    dtype = torch.bfloat16 if run.parallel.precision is Precision.BF16 else torch.float32
-    if refused := refusal(run.parallel.loss.value, device, dtype):
-        raise ConfigError(f"parallel.loss={run.parallel.loss.value}: {refused}; auto takes what serves here")
 
 
 def check_mixes(run: RunConfig, corpus: OpenCorpus) -> None:

@@ -159,6 +159,18 @@ def test_on_a_gpu_by_hand():
     assert less.gate_and_slots == slots // 2 + means_and_ids
 
 
+def test_what_sorts_the_chosen_is_reckoned_where_it_is_more_than_their_partial_results():
+    """Of one head at a time: ids and keys of 64 slots for 2^20 tokens, and counts of 2^14 blocks in chunks of 64 tokens."""
+    config, (moba,) = _config(num_layers=1), AttentionConfig(rule="moba(64, 64)").per_layer(1)
+    sizes = {"rows": 1, "seq_len": 1 << 20, "itemsize": 2, "gpu": True, "triton_workspace": 1 << 30}
+    index = 4 * ((1 << 20) * (63 + 64) + (1 << 14) * ((1 << 14) + 1))
+    assert index > 1 << 30
+    means_and_ids = 4 * ((1 << 20) * 64 // 64) + 4 * 4 * (1 << 20) * 63
+    assert pass_bytes(config, [moba], ["none"], **sizes).gate_and_slots == index + means_and_ids
+    two = pass_bytes(config, [moba], ["none"], sequence_parallel=2, **sizes)
+    assert two.gate_and_slots == index + means_and_ids // 2
+
+
 @pytest.mark.parametrize(("seq_len", "itemsize", "copies"), [(2048, 2, 0), (4096, 2, 1), (2048, 4, 1)])
 def test_rows_of_full_attention_are_joined_on_a_gpu_where_they_go_one_by_one(seq_len, itemsize, copies):
     """FlashAttention takes all short rows at once; cuDNN, and PyTorch's fused kernels in fp32, take one."""

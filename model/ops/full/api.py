@@ -42,7 +42,7 @@ def full_attention(
     Raises: ValueError naming the argument, its value and what is accepted.
     """
     check_backend(backend, BACKENDS)
-    check_packed(q, k, v, softmax_scale)
+    check_packed(q, k, v, cu_seqlens, softmax_scale)
     if backend in gpu.BACKENDS and (refused := gpu.refusal(backend, q)):
         raise ValueError(f"backend={backend!r}: {refused}; backend='sdpa' takes others")
     if backend == "auto":
@@ -52,7 +52,7 @@ def full_attention(
         if backend in ("flash", "packed") and torch.compiler.is_compiling() and cu_seqlens is not None:
             # The operator reads and checks the boundaries: here it would break the graph.
             return full_flash(q, k, v, cu_seqlens, softmax_scale=scale)
-        bounds = document_bounds(cu_seqlens, num_tokens=q.shape[0], device=q.device)
+        bounds = document_bounds(cu_seqlens, num_tokens=q.shape[0])
         if backend == "flash":
             return full_flash(q, k, v, torch.tensor(bounds, dtype=torch.int32), softmax_scale=scale)
         return _IMPLEMENTATIONS[backend](q, k, v, bounds=bounds, softmax_scale=scale)

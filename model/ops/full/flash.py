@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.ops.checks import document_bounds
 from model.ops.full.gpu import aligned
+from model.ops.graphs import lasting
 
 
 def full_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, softmax_scale: float) -> Tensor:
@@ -31,7 +32,7 @@ def _on_device(bounds: tuple[int, ...], device: torch.device) -> tuple[Tensor, i
 
 
 def _bounds(q: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, int]:
-    return _on_device(tuple(document_bounds(cu_seqlens, num_tokens=q.shape[0], device=q.device)), q.device)
+    return lasting(_on_device(tuple(document_bounds(cu_seqlens, num_tokens=q.shape[0])), q.device), q.device)
 
 
 @torch.library.custom_op("full::flash_forward", mutates_args=())
@@ -76,9 +77,12 @@ def _save(ctx, inputs, output) -> None:
     q, k, v, cu_seqlens, ctx.softmax_scale = inputs
     ctx.save_for_backward(q, k, v, cu_seqlens, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the log-sum-exp, which has no gradient
 
 
-def _differentiate(ctx, d_out: Tensor, _: Tensor):
+def _differentiate(ctx, d_out: Tensor | None, _: None):
+    if d_out is None:
+        return (None,) * 5
     q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
     return *_backward(d_out, q, k, v, cu_seqlens, out, lse, ctx.softmax_scale), None, None
 

@@ -47,15 +47,17 @@ def moba_attention(
             serves the call, else "torch". Except in "reference", a call whose longest document has at most
             topk * block_size tokens goes to full attention: the same function, cheaper. (A compiled graph reads no
             boundaries, so there T counts for the longest document.)
-        workspace: bytes that "triton" may hold of partial results beyond inputs, output and gradients.
+        workspace: bytes that "triton" may hold beyond inputs, output, gradients and saved lists, of partial results or of what sorts the
+            choices; README.md says what of that has a least size.
 
     Returns: `[T, Hq, D]` in q's dtype.
     Raises: ValueError naming the argument, its value and what is accepted.
     """
     check_backend(backend, BACKENDS)
     check_positive_int(block_size=block_size, topk=topk, workspace=workspace)
-    check_packed(q, k, v, softmax_scale)
-    refused = refusal(q, k, block_size=block_size, topk=topk)
+    check_packed(q, k, v, cu_seqlens, softmax_scale)
+    num_docs = 1 if cu_seqlens is None else len(cu_seqlens) - 1
+    refused = refusal(q, k, num_docs=num_docs, block_size=block_size, topk=topk)
     if backend == "auto":
         backend = "torch" if refused or not q.is_cuda else "triton"
     if backend == "triton" and refused:
@@ -64,7 +66,7 @@ def moba_attention(
     if backend == "triton" and torch.compiler.is_compiling() and cu_seqlens is not None:
         longest = num_tokens  # the operator reads and checks the boundaries: here it would break the graph
     else:
-        bounds = document_bounds(cu_seqlens, num_tokens=num_tokens, device=q.device)
+        bounds = document_bounds(cu_seqlens, num_tokens=num_tokens)
         longest = max(end - start for start, end in itertools.pairwise(bounds))
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     if backend != "reference" and topk * block_size >= longest:

@@ -59,10 +59,13 @@ def _save(ctx, inputs, output) -> None:
     q, k, v, ctx.bounds, ctx.block_size, _, ctx.softmax_scale = inputs
     ctx.save_for_backward(q, k, v, *output)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient: the choices are many
 
 
 @once_differentiable
-def _differentiate(ctx, d_out: Tensor, *_: Tensor):
+def _differentiate(ctx, d_out: Tensor | None, *_: None):
+    if d_out is None:
+        return (None,) * 7
     q, k, v, out, lse, chosen = ctx.saved_tensors
     # Rebuilt, not saved: the sort is cheap and its tables are the size of the saved tensors together.
     layout = block_layout(list(ctx.bounds), ctx.block_size)

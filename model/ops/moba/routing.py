@@ -84,7 +84,7 @@ def select_blocks(q: Tensor, k: Tensor, *, block_size: int, topk: int, cu_seqlen
     check_backend(backend, ROUTING_BACKENDS)
     check_positive_int(block_size=block_size, topk=topk)
     bounds = check_routing(q, k, cu_seqlens)
-    if backend == "triton" and (refused := refusal(q, k, block_size=block_size, topk=topk)):
+    if backend == "triton" and (refused := refusal(q, k, num_docs=len(bounds) - 1, block_size=block_size, topk=topk)):
         raise ValueError(f"backend='triton': {refused}; backend='torch' takes others")
     layout = block_layout(bounds, block_size)
     with torch.autocast(q.device.type, enabled=False):

@@ -45,10 +45,13 @@ def _save(ctx, inputs, output) -> None:
     q, k, v, ctx.bounds, ctx.window, ctx.softmax_scale = inputs
     ctx.save_for_backward(q, k, v, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the log-sum-exp, which has no gradient
 
 
 @once_differentiable
-def _differentiate(ctx, d_out: Tensor, _: Tensor):
+def _differentiate(ctx, d_out: Tensor | None, _: None):
+    if d_out is None:
+        return (None,) * 6
     q, k, v, out, lse = ctx.saved_tensors
     d_q = torch.empty_like(q)
     d_k, d_v = (torch.zeros(x.shape, dtype=_compute(x), device=x.device) for x in (k, v))

@@ -96,3 +96,39 @@ def largest_tensor(attention, num_tokens: int, dtype=torch.float32) -> int:
     with LargestTensor() as largest:
         forward_backward(attention, inputs)
     return largest.num_bytes
+
+
+class Dropped(torch.autograd.Function):
+    """Its input has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        return None
+
+
+class Zeros(TorchDispatchMode):
+    """Counts the tensors that are made to be zero, as autograd makes them in place of gradients that are none."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.zeros.default
+        return func(*args, **(kwargs or {}))
+
+
+def assert_fills_nothing_for_no_gradient(attention, inputs: list[Tensor], *, own: int = 0) -> None:
+    """Outputs that have no gradient cost none of zeros in the backward pass, which makes `own` of its own; and where no output has one,
+    the inputs have none."""
+    q, k, v, d_out = inputs
+    out = attention(q, k, v)
+    with Zeros() as zeros:
+        torch.autograd.grad(out, (q, k, v), d_out)
+    assert zeros.count == own
+    out = Dropped.apply(attention(q, k, v))
+    with Zeros() as zeros:
+        assert torch.autograd.grad(out, (q, k, v), d_out, allow_unused=True) == (None, None, None)
+    assert zeros.count == 0

@@ -17,7 +17,15 @@ from model.ops.full import full_attention, gpu, packed, sdpa
 from model.ops.full.packed import runs
 from model.ops.full.sdpa import cudnn_length
 from model.ops.moba import moba_attention
-from tests.model.ops.helpers import assert_error_within_twice, cu_seqlens, forward_backward, make_inputs, plain_attention, with_dtype
+from tests.model.ops.helpers import (
+    assert_error_within_twice,
+    assert_fills_nothing_for_no_gradient,
+    cu_seqlens,
+    forward_backward,
+    make_inputs,
+    plain_attention,
+    with_dtype,
+)
 
 BOUNDS = [0, 1, 2, 140, 141, 390, 391, 400, 600]
 LONG = 128  # tokens: what `auto` takes for long here
@@ -286,6 +294,10 @@ def test_compiled_one_long_document_goes_to_cudnn(target, monkeypatch):
     for length in (600, 601, 900):
         assert_exact(compiled, target.inputs(length, 2, 1, 64, seed=102), [0, length])
     assert not (target.flash and target.flash.calls)
+
+
+def test_what_has_no_gradient_gets_none(target):
+    assert_fills_nothing_for_no_gradient(full("flash", [0, 60]), target.inputs(60, 2, 1, 64, seed=106))
 
 
 def test_second_derivative_is_refused(target):

@@ -13,6 +13,7 @@ from model.ops.moba.reference import moba_reference
 from tests.model.ops.helpers import (
     assert_all_close,
     assert_error_within_twice,
+    assert_fills_nothing_for_no_gradient,
     assert_largest_error_within_twice,
     cu_seqlens,
     forward_backward,
@@ -145,3 +146,8 @@ def test_any_partition_into_documents(lengths, num_kv, group, head_dim, block_si
     assert_all_close(forward_backward(sparse, inputs), expected, atol=1e-10)
     door = partial(moba_attention, block_size=block_size, topk=topk, cu_seqlens=cu_seqlens(bounds), backend="torch")
     assert_all_close(forward_backward(door, inputs), expected, atol=1e-10)
+
+
+def test_what_has_no_gradient_gets_none():
+    sparse, _ = both([0, 30, 100], 16, 3, 16)
+    assert_fills_nothing_for_no_gradient(sparse, make_inputs(100, 2, 1, 16, seed=2))

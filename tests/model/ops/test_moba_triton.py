@@ -13,10 +13,11 @@ from model.activations import run_layer
 from model.host_memory import HostMemory
 from model.ops.moba import moba_attention, select_blocks
 from model.ops.moba.reference import moba_reference
-from model.ops.moba.triton import operator, plan
+from model.ops.moba.triton import operator, plan, schedule
 from tests.model.helpers import build, pack, tiny_config
 from tests.model.ops.helpers import (
     assert_error_within_twice,
+    assert_fills_nothing_for_no_gradient,
     assert_largest_error_within_twice,
     cu_seqlens,
     forward_backward,
@@ -425,11 +426,22 @@ def test_groups_of_heads_give_the_same_bits(num_tokens, block_size, target):
     inputs = target.inputs(num_tokens, 2, 2, 64, seed=76)
     run = partial(moba, bounds=[0, num_tokens], block_size=block_size, topk=2)
     expected = forward_backward(run, inputs)
-    workspace = num_tokens * (64 * inputs[0].element_size() + 8 * 64 // plan.SPLIT)  # what one of the two heads needs
+    workspace = num_tokens * (64 * inputs[0].element_size() + 8 * 64 // schedule.SPLIT)  # what one of the two heads needs
     sizes = {"num_docs": 1, "block_size": block_size, "topk": 2, "workspace": workspace}
-    cut = plan.schedule((num_tokens, 2, 64), 2, inputs[0].element_size(), **sizes)
+    cut = schedule.schedule((num_tokens, 2, 64), 2, inputs[0].element_size(), **sizes)
     assert (cut.num_groups, cut.num_ranges) == (2, 1)
     assert_same_bits(forward_backward(partial(run, workspace=workspace), inputs), expected)
+
+
+@pytest.mark.parametrize("num_heads, num_kv", [(2, 1), (4, 2)])
+def test_heads_listed_one_by_one_give_the_same_bits(num_heads, num_kv, target):
+    inputs = target.inputs(300, num_heads, num_kv, 64, seed=86)
+    run = partial(moba, bounds=[0, 40, 300], block_size=64, topk=3)
+    workspace = 12_000
+    sizes = {"num_docs": 2, "block_size": 64, "topk": 3, "workspace": workspace}
+    cut = schedule.schedule((300, num_heads, 64), num_kv, inputs[0].element_size(), **sizes)
+    assert (cut.heads, cut.listed, cut.num_ranges) == (2, 1, 1)
+    assert_same_bits(forward_backward(partial(run, workspace=workspace), inputs), forward_backward(run, inputs))
 
 
 @pytest.mark.parametrize("num_tokens, block_size, topk", [(700, 64, 9), (1000, 192, 5)])
@@ -438,7 +450,7 @@ def test_ranges_of_queries_in_a_workspace_too_small(num_tokens, block_size, topk
     sizes = {"bounds": [0, num_tokens], "block_size": block_size, "topk": topk}
     inputs = target.inputs(num_tokens, 1, 1, 64, seed=77)
     shape = (tuple(inputs[0].shape), 1, inputs[0].element_size())
-    assert plan.schedule(*shape, num_docs=1, block_size=block_size, topk=topk, workspace=1).num_ranges >= 4
+    assert schedule.schedule(*shape, num_docs=1, block_size=block_size, topk=topk, workspace=1).num_ranges >= 4
     assert_exact(inputs, **sizes, run=partial(moba, workspace=1))
     q, k, v = inputs[:3]
     assert torch.equal(moba(q, k, v, **sizes, workspace=1), moba(q, k, v, **sizes))
@@ -511,22 +523,8 @@ def test_second_derivative_is_refused(target):
         torch.autograd.grad(d_q.sum(), q)
 
 
-class Dropped(torch.autograd.Function):
-    """Its input has no gradient."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, _):
-        return None
-
-
-def test_output_without_a_gradient_gives_none(target):
-    q, k, v, d_out = target.inputs(100, 1, 1, 64, seed=83)
-    out = Dropped.apply(moba(q, k, v, bounds=[0, 100], block_size=64, topk=2))
-    assert torch.autograd.grad(out, (q, k, v), d_out, allow_unused=True) == (None, None, None)
+def test_what_has_no_gradient_gets_none(target):
+    assert_fills_nothing_for_no_gradient(partial(moba, bounds=[0, 100], block_size=64, topk=2), target.inputs(100, 1, 1, 64, seed=83))
 
 
 def test_operators_keep_the_rules_of_torch(target):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from model.ops.moba import moba_attention, select_blocks
-from model.ops.moba.triton.limits import refusal
+from model.ops.moba.triton import limits
+from model.ops.moba.triton.limits import refusal, refused_kind
 
 
 @pytest.mark.parametrize(
@@ -39,22 +40,36 @@ def test_without_interpreter_a_cpu_is_refused_and_auto_takes_torch(monkeypatch):
 
 def test_a_gpu_takes_16_bits(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    q = torch.zeros(9, 2, 64)
-    assert refusal(q, q, block_size=64, topk=2) == "q has dtype torch.float32; accepted: torch.bfloat16, torch.float16"
-    assert refusal(q.bfloat16(), q.bfloat16(), block_size=64, topk=2) is None
+    gpu = torch.device("cuda", 0)
+    assert refused_kind(gpu, torch.float32) == "q has dtype torch.float32; accepted: torch.bfloat16, torch.float16"
+    assert refused_kind(gpu, torch.bfloat16) is None
+
+
+def test_without_the_package_it_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(limits, "_HAS_TRITON", False)
+    q = torch.zeros(9, 1, 64)
+    assert refusal(q, q, num_docs=1, block_size=64, topk=2) == "the package triton is not installed"
 
 
 def test_more_choices_than_the_index_counts_are_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     q, k = (torch.empty(1 << 20, heads, 64, device="meta") for heads in (64, 1))
     said = "T=1048576, topk=64 and 64 query heads for each key head make 4227858432 choices; accepted: below 2**31"
-    assert refusal(q, k, block_size=64, topk=64) == said
-    assert refusal(q, k, block_size=64, topk=2) is None
+    assert refusal(q, k, num_docs=1, block_size=64, topk=64) == said
+    assert refusal(q, k, num_docs=1, block_size=64, topk=2) is None
 
 
-@pytest.mark.parametrize("workspace", [0, -1, 1.5])
+def test_more_blocks_than_a_key_of_the_sort_holds_are_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    q = torch.empty(1 << 20, 1, 64, device="meta")
+    said = "T=1048576, block_size=64 and 507904 documents make up to 524288 blocks; accepted: 524287"
+    assert refusal(q, q, num_docs=507904, block_size=64, topk=2) == said
+    assert refusal(q, q, num_docs=507903, block_size=64, topk=2) is None
+
+
+@pytest.mark.parametrize("workspace", [0, -1, 1.5, "1GiB"])
 def test_a_workspace_that_is_none(workspace):
     q = torch.zeros(9, 1, 64)
-    with pytest.raises(ValueError, match=f"^workspace={workspace}; accepted: an integer of at least 1$"):
+    with pytest.raises(ValueError, match=f"^workspace={workspace!r}; accepted: an integer of at least 1$"):
         moba_attention(q, q, q, block_size=64, topk=2, workspace=workspace)

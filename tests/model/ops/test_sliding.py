@@ -13,6 +13,7 @@ from model.ops.sliding import chunked, sliding_attention, varlen
 from tests.model.ops.helpers import (
     assert_all_close,
     assert_error_within_twice,
+    assert_fills_nothing_for_no_gradient,
     cu_seqlens,
     forward_backward,
     largest_tensor,
@@ -161,3 +162,8 @@ def test_varlen_is_called_as_pytorch_documents_it(monkeypatch):
         out = varlen.sliding_varlen(q, k, v, bounds=BOUNDS, window=9, softmax_scale=0.3)
         expected = sliding_attention(q, k, v, window=9, cu_seqlens=cu_seqlens(BOUNDS), softmax_scale=0.3, backend="reference")
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+
+
+def test_what_has_no_gradient_gets_none():
+    inputs = make_inputs(BOUNDS[-1], 4, 2, 8, seed=66)
+    assert_fills_nothing_for_no_gradient(sliding("torch", 17), inputs, own=2)  # the sums of dk and dv

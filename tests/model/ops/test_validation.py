@@ -1,5 +1,6 @@
 """Every error of the public doors: it names the argument, the value and what is accepted."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,11 @@ def cu(*bounds, dtype=torch.int32):
 
 
 PACKED_ERRORS = {
-    "not a tensor": ({"q": [1.0]}, r"q must be a tensor \[tokens, heads, head_dim\], got list \[1.0\]"),
+    "not a tensor": ({"q": [1.0]}, r"q must be a tensor \[tokens, heads, head_dim\], got list$"),
+    "numpy array": ({"q": np.zeros((12, 4, 64))}, r"q must be a tensor \[tokens, heads, head_dim\], got ndarray$"),
+    "sparse": ({"k": torch.zeros(12, 2, 64).to_sparse()}, r"k must be a tensor .* got a tensor of layout torch.sparse_coo$"),
+    "jagged": ({"q": torch.nested.nested_tensor([torch.zeros(6, 64)] * 2, layout=torch.jagged)}, r"q must be .* got a nested tensor$"),
+    "no values": ({name: torch.zeros(12, 2, 64, device="meta") for name in "qkv"}, "q is on meta; accepted: a device that holds values$"),
     "wrong rank": ({"k": torch.zeros(12, 64)}, r"k must be a tensor .* got a tensor of shape \(12, 64\)"),
     "integer dtype": ({"v": torch.zeros(12, 2, 64, dtype=torch.int64)}, r"v has dtype torch.int64; accepted: torch.float16, "),
     "dtypes differ": ({"v": torch.zeros(12, 2, 64).double()}, "v has dtype torch.float64 but q has torch.float32"),
@@ -30,7 +35,14 @@ PACKED_ERRORS = {
     "fewer query heads": ({"q": torch.zeros(12, 1, 64)}, "q has 1 heads, which k's 2 heads do not divide"),
     "zero scale": ({"softmax_scale": 0.0}, "softmax_scale=0.0; accepted: None"),
     "scale not a number": ({"softmax_scale": float("nan")}, "softmax_scale=nan"),
-    "cu_seqlens a list": ({"cu_seqlens": [0, 12]}, r"cu_seqlens must be a tensor \[n_docs\+1\] .* got list \[0, 12\]"),
+    "scale infinite": ({"softmax_scale": float("inf")}, "softmax_scale=inf; accepted: None"),
+    "scale negative": ({"softmax_scale": -1}, "softmax_scale=-1; accepted: None"),
+    "scale a text": ({"softmax_scale": "0.1"}, r"softmax_scale='0.1'; accepted: None \(head_dim \*\* -0.5\) or a positive finite number$"),
+    "scale a truth": ({"softmax_scale": True}, "softmax_scale=True; accepted: None"),
+    "scale a tensor": ({"softmax_scale": torch.ones(1)}, r"softmax_scale is a tensor of shape \(1,\); accepted: None"),
+    "scale an array": ({"softmax_scale": np.ones(3)}, "softmax_scale is ndarray; accepted: None"),
+    "cu_seqlens an array": ({"cu_seqlens": np.array([0, 12])}, r"cu_seqlens must be a tensor \[n_docs\+1\] .* got ndarray$"),
+    "cu_seqlens a list": ({"cu_seqlens": [0, 12]}, r"cu_seqlens must be a tensor \[n_docs\+1\] .* got list$"),
     "cu_seqlens too short": ({"cu_seqlens": cu(0)}, r"cu_seqlens must be a tensor .* got a tensor of shape \(1,\)"),
     "cu_seqlens int64": ({"cu_seqlens": cu(0, 12, dtype=torch.int64)}, "cu_seqlens has dtype torch.int64; accepted: torch.int32"),
     "cu_seqlens elsewhere": ({"cu_seqlens": cu(0, 12).to("meta")}, "cu_seqlens is on meta; accepted: cpu"),
@@ -38,6 +50,7 @@ PACKED_ERRORS = {
     "empty document": ({"cu_seqlens": cu(0, 5, 5, 12)}, "cu_seqlens goes from 5 to 5; it must strictly increase"),
     "decreasing": ({"cu_seqlens": cu(0, 8, 5, 12)}, "cu_seqlens goes from 8 to 5"),
     "cu_seqlens end": ({"cu_seqlens": cu(0, 11)}, "cu_seqlens ends at 11; it must end at the number of tokens, 12"),
+    "backend a tensor": ({"backend": torch.ones(2, 2)}, r"backend is a tensor of shape \(2, 2\); accepted: auto, reference, "),
     "unknown backend": ({"backend": "magic"}, "backend='magic'; accepted: auto, reference, "),
 }
 
@@ -62,6 +75,14 @@ def test_packed_inputs(error, interpreted):
             sliding.sliding_attention(**{"backend": backend, **arguments}, window=8)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors(interpreted):
+    nested = torch.nested.nested_tensor([torch.zeros(6, 64)] * 2)  # whose shape cannot be asked for
+    for backend in BACKENDS:
+        with pytest.raises(ValueError, match=r"v must be a tensor \[tokens, heads, head_dim\], got a nested tensor$"):
+            moba_attention(**{**good_inputs(), "v": nested}, block_size=64, topk=2, backend=backend)
+
+
 @pytest.mark.parametrize("window", [0, -3, 4.0, True])
 def test_window(window):
     for backend in sliding.BACKENDS:
@@ -75,6 +96,7 @@ MOBA_ERRORS = {
     "block_size float": ({"block_size": 4.0}, "block_size=4.0"),
     "topk zero": ({"topk": 0}, "topk=0; accepted: an integer of at least 1"),
     "topk bool": ({"topk": True}, "topk=True"),
+    "topk a tensor": ({"topk": torch.ones(9, 9)}, r"topk is a tensor of shape \(9, 9\); accepted: an integer of at least 1"),
 }
 
 

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from model.ops.moba.triton.launch import TABLES, Launch
-from model.ops.moba.triton.plan import Call, once_a_call, power_of_2, tile_of
+from model.ops.moba.triton.plan import Call, once_a_call, tile_of
+from model.ops.moba.triton.schedule import power_of_2
 
 
 @triton.jit(do_not_specialize_on_alignment=TABLES)

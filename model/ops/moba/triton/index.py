@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from model.ops.moba.triton.launch import TABLES, Launch
-from model.ops.moba.triton.plan import Call, once_a_call, power_of_2
+from model.ops.moba.triton.plan import Call, once_a_call
+from model.ops.moba.triton.schedule import power_of_2
 
 _NONE = tl.constexpr(0x7FFFFFFF)
 
@@ -53,7 +54,7 @@ def _count_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=TABLES)
 def _scatter_kernel(
-    KEYS, COUNTS, ENDS, ENTRIES, EDGES, num_blocks, num_chunks, range_chunks,
+    KEYS, ENDS, ENTRIES, EDGES, num_blocks, num_chunks, range_chunks, num_lists, first_entry,
     P: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     chunk, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -63,42 +64,45 @@ def _scatter_kernel(
     block = key >> BITS
     _, nth = tl.associative_scan((block, tl.full((CHUNK * SLOTS,), 1, tl.int32)), 0, _join_runs)
     at = (head * num_blocks + block) * num_chunks + chunk
-    first = tl.load(ENDS + at, mask=real, other=0) - tl.load(COUNTS + at, mask=real, other=0)
+    first = first_entry + tl.load(ENDS + at - 1, mask=real & (at > 0), other=0)
     entry = key & ((1 << BITS) - 1)
     tl.store(ENTRIES + first + nth - 1, (chunk * CHUNK + entry // SLOTS) * P + entry % SLOTS, mask=real)
     last = chunk == num_chunks - 1
     if (chunk == 0) | last | (chunk % range_chunks == range_chunks - 1):  # an edge of a range
-        num_lists = tl.num_programs(1) * num_blocks
         edge = EDGES + (chunk // range_chunks + 1).to(tl.int64) * num_lists + head * num_blocks
         for first_block in range(0, num_blocks, STEP):
             step = first_block + tl.arange(0, STEP)
             inside = step < num_blocks
             counted = (head * num_blocks + step) * num_chunks + chunk
-            end = tl.load(ENDS + counted, mask=inside, other=0)
             if chunk == 0:
-                tl.store(EDGES + head * num_blocks + step, end - tl.load(COUNTS + counted, mask=inside, other=0), mask=inside)
+                begin = tl.load(ENDS + counted - 1, mask=inside & (counted > 0), other=0)
+                tl.store(EDGES + head * num_blocks + step, first_entry + begin, mask=inside)
             if last | (chunk % range_chunks == range_chunks - 1):
-                tl.store(edge + step, end, mask=inside)
+                tl.store(edge + step, first_entry + tl.load(ENDS + counted, mask=inside, other=0), mask=inside)
 
 
 @once_a_call
-def _sort_launches(call: Call) -> tuple[Launch, Launch]:
+def _sort_launches(call: Call, num_heads: int, heads_before: int) -> tuple[Launch, Launch]:
     cut, num_blocks, slots = call.cut, call.blocks.count, power_of_2(call.num_past)
     num_chunks = -(-call.num_tokens // cut.chunk)
-    grid, bits = (num_chunks, cut.heads), (cut.chunk * slots - 1).bit_length()
+    grid, bits = (num_chunks, num_heads), (cut.chunk * slots - 1).bit_length()
     sizes = {"P": call.num_past, "SLOTS": slots, "CHUNK": cut.chunk, "BITS": bits, "warps": 4}
     count = Launch(_count_kernel, grid, call.num_tokens, num_blocks, num_chunks, **sizes)
-    return count, Launch(_scatter_kernel, grid, num_blocks, num_chunks, cut.tokens // cut.chunk, **sizes, STEP=256)
+    first_entry = heads_before * call.blocks.num_pairs[call.num_past]
+    numbers = (num_blocks, num_chunks, cut.tokens // cut.chunk, call.num_lists, first_entry)
+    return count, Launch(_scatter_kernel, grid, *numbers, **sizes, STEP=256)
 
 
-def build_lists(call: Call, chosen: Tensor, entries: Tensor, edges: Tensor) -> None:
-    """Sorts `chosen`, int32 `[H, T, P]` of global block ids or -1, by (head, block), into `entries` and the head of `edges`."""
-    count, scatter = _sort_launches(call)
+def build_lists(call: Call, chosen: Tensor, heads_before: int, entries: Tensor, edges: Tensor) -> None:
+    """Sorts `chosen`, int32 `[h, T, P]` of global block ids or -1, by (head, block), into `entries` and the head of `edges` of a group,
+    of whose heads these come after `heads_before`."""
+    num_heads = len(chosen)
+    count, scatter = _sort_launches(call, num_heads, heads_before)
     num_chunks = -(-call.num_tokens // call.cut.chunk)
-    keys = torch.empty(call.cut.heads, num_chunks, call.cut.chunk * power_of_2(call.num_past), device=chosen.device, dtype=torch.int32)
-    counts = torch.zeros(call.num_lists * num_chunks, device=chosen.device, dtype=torch.int32)
+    keys = torch.empty(num_heads, num_chunks, call.cut.chunk * power_of_2(call.num_past), device=chosen.device, dtype=torch.int32)
+    counts = torch.zeros(num_heads * call.blocks.count * num_chunks, device=chosen.device, dtype=torch.int32)
     count(chosen, keys, counts)
-    scatter(keys, counts, counts.cumsum(0, dtype=torch.int32), entries, edges)
+    scatter(keys, counts.cumsum_(0), entries, edges[heads_before * call.blocks.count :])
 
 
 def lists_of(call: Call, entries: Tensor, edges: Tensor) -> Lists | None:

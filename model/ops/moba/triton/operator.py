@@ -15,7 +15,8 @@ from model.ops.moba.triton.forward import moba_forward
 from model.ops.moba.triton.gate import block_means, choose_blocks
 from model.ops.moba.triton.index import build_lists, lists_of
 from model.ops.moba.triton.launch import aligned, copied, is_aligned
-from model.ops.moba.triton.plan import Schedule, call_of, schedule
+from model.ops.moba.triton.plan import call_of
+from model.ops.moba.triton.schedule import Schedule, schedule
 
 
 def moba_triton(
@@ -23,7 +24,7 @@ def moba_triton(
 ) -> Tensor:
     """As `moba_reference`, for one GPU: q `[T, Hq, D]`, k and v `[T, Hkv, D]`, bf16 or fp16; returns `[T, Hq, D]`.
 
-    `cu_seqlens` int32 `[n_docs+1]`, best on the CPU; `workspace` bytes of partial results are held at once. Sums, softmax
+    `cu_seqlens` int32 `[n_docs+1]`, best on the CPU; `workspace` bytes are held at once (`schedule`). Sums, softmax
     and merging in fp32; two runs are equal to the bit. The lists of who chose what are saved for the backward pass; a forward
     pass that is computed again (activation checkpointing) makes them anew from the same bits.
     """
@@ -53,7 +54,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output `[T, Hq, D]`, log-sum-exp `[Hq, T]` (base 2, fp32), and by group of heads the lists' entries and edges (`Lists`)."""
     q, k, v = _inputs(q, k, v)
-    bounds = tuple(document_bounds(cu_seqlens, num_tokens=q.shape[0], device=q.device))
+    bounds = tuple(document_bounds(cu_seqlens, num_tokens=q.shape[0]))
     call = call_of(q, k, bounds, block_size=block_size, topk=topk, softmax_scale=softmax_scale, workspace=workspace)
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     lse = torch.empty(call.num_heads, call.num_tokens, device=q.device, dtype=torch.float32)
@@ -61,7 +62,9 @@ def _forward(
     means = block_means(call, k) if call.num_past else None
     for heads, group_entries, group_edges in zip(call.groups, entries.unbind(), edges.unbind()):
         if means is not None:
-            build_lists(call, choose_blocks(call, q, means, heads), group_entries, group_edges)
+            for first in range(0, len(heads), call.cut.listed):
+                part = heads[first : first + call.cut.listed]
+                build_lists(call, choose_blocks(call, q, means, part), first, group_entries, group_edges)
         lists = lists_of(call, group_entries, group_edges)
         for r, queries in enumerate(call.ranges):
             moba_forward(call, q, k, v, out, lse, lists and lists.of_range(r), heads, queries)
@@ -82,7 +85,7 @@ def _backward(
     q, k, v = _inputs(q, k, v)
     d_out = aligned(d_out)
     out = out if out.is_contiguous() and is_aligned(out) else copied(out)  # what hooks on saved tensors make of it lies anywhere
-    bounds = tuple(document_bounds(cu_seqlens, num_tokens=q.shape[0], device=q.device))
+    bounds = tuple(document_bounds(cu_seqlens, num_tokens=q.shape[0]))
     sizes: dict[str, Any] = {"block_size": block_size, "topk": topk, "softmax_scale": softmax_scale, "workspace": workspace}
     call = call_of(q, k, bounds, **sizes, d_out=d_out)
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))

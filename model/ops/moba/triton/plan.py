@@ -15,13 +15,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from model.ops.graphs import lasting
 from model.ops.moba.routing import block_layout
+from model.ops.moba.triton.schedule import Schedule, schedule
 
 _Where = TypeVarTuple("_Where")
 _Prepared = TypeVar("_Prepared")
-
-# A list of queries longer than this many times the mean is split over programs: trained models have blocks that most queries choose.
-SPLIT = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,50 +61,6 @@ def block_table(bounds: tuple[int, ...], block_size: int, max_slots: int, device
     start, length, doc_first = (table.to(device, torch.int32) for table in (layout.start, layout.length, layout.doc_first))
     return Blocks(start=start, length=length, doc_first=doc_first, starts=tuple(layout.start.tolist()), size=block_size,
                   max_past=int(past.max()), num_pairs=pairs)  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How a call is cut so that what it holds at once fits in the workspace: heads in groups, and queries in ranges where need be."""
-
-    num_slots: int
-    """P, at most: documents may have fewer past blocks."""
-    max_blocks: int
-    """N, at most."""
-    heads: int
-    """Query heads of a group."""
-    num_groups: int
-    chunk: int
-    """Queries whose choices are sorted on chip."""
-    tokens: int
-    """Queries of a range, a multiple of `chunk`."""
-    num_ranges: int
-
-
-def schedule(
-    q_shape: tuple[int, ...], num_kv: int, itemsize: int, *, num_docs: int, block_size: int, topk: int, workspace: int
-) -> Schedule:
-    """The cut for q `[T, Hq, D]`; it depends on sizes alone, so that the shapes of what is saved are known before any value is.
-
-    A slot holds a partial output, later a partial gradient, of one query for one past block. `workspace` counts bytes.
-    """
-    num_tokens, num_heads, head_dim = q_shape
-    group = num_heads // num_kv
-    max_blocks = num_tokens // block_size + num_docs
-    num_slots = min(topk, max_blocks) - 1
-    slots = power_of_2(max(1, num_slots))
-    sorted_together = 1024 if num_tokens < 1 << 18 else 4096  # the counts grow as blocks x chunks
-    chunk = max(16, sorted_together // slots)
-    per_token = num_slots * head_dim * itemsize + max(4 * num_slots, 8 * head_dim // SPLIT)
-    fit = max(1, workspace // (num_tokens * per_token) // group)
-    groups = next(n for n in range(1, num_kv + 1) if num_kv % n == 0 and num_kv // n <= fit)
-    heads = num_heads // groups
-    in_range = num_tokens
-    if num_tokens * per_token * heads > workspace:
-        in_range = max(1, workspace // (per_token * heads) // chunk) * chunk
-    ranges = -(-num_tokens // in_range)
-    return Schedule(num_slots=num_slots, max_blocks=max_blocks, heads=heads, num_groups=groups, chunk=chunk,
-                    tokens=-(-in_range // chunk) * chunk, num_ranges=ranges)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -186,7 +141,7 @@ def call_of(
     """Of q `[T, Hq, D]`, k `[T, Hkv, D]`, documents with boundaries `bounds`, and in the backward pass the output's gradient."""
     grad_strides = (0, 0, 1) if d_out is None else d_out.stride()
     views = (q.shape, q.stride(), k.shape, k.stride(), grad_strides, q.dtype, q.device)
-    return _call_of(*views, bounds, block_size, topk, softmax_scale, workspace)
+    return lasting(_call_of(*views, bounds, block_size, topk, softmax_scale, workspace), q.device)
 
 
 @functools.lru_cache(maxsize=32)  # the layers of a model, and its steps on rows of one document, ask for the same
@@ -221,11 +176,6 @@ def once_a_call(prepare: Callable[[Call, *_Where], _Prepared]) -> Callable[[Call
 def is_hopper(device: torch.device) -> bool:
     """Whether warp groups multiply (wgmma, compute capability 9.0)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-def power_of_2(number: int) -> int:
-    """The least power of two that is not below `number`."""
-    return 1 << max(0, number - 1).bit_length()
 
 
 @dataclass(frozen=True, kw_only=True)
