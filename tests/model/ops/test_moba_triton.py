@@ -9,11 +9,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from triton.runtime import interpreter
 
+from configs.schema import RopeConfig
 from model.activations import run_layer
 from model.host_memory import HostMemory
 from model.ops.moba import moba_attention, select_blocks
 from model.ops.moba.reference import moba_reference
-from model.ops.moba.triton import operator, plan, schedule
+from model.ops.moba.triton import gate, operator, plan, schedule
+from model.rope import rotary_table, rotate
 from tests.model.helpers import build, pack, tiny_config
 from tests.model.ops.helpers import (
     assert_error_within_twice,
@@ -32,8 +34,9 @@ from tests.model.ops.interpreter import scan_by_doubling, sort
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 WORKSPACE = 1 << 30
-# Two scores that differ by less than this times |q| |mean| are a near-tie, which the gate may decide either way (see `gate.choose_blocks`).
-NEAR_TIE = 2.0**-16
+# Two scores are a near-tie, which the gate may decide either way (see `gate.choose_blocks`), where they differ by less than |q| times these
+# parts of their own means' norm, twice what the halves of two means leave out, and of the longest past mean's, means less the centre.
+NEAR_TIE, STEP = 2.0**-16, 2.0**-20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +86,15 @@ def kernel_choice(q, k, *, bounds, **sizes):
 
 
 def gate_scores(q, k, *, bounds, block_size):
-    """Per document, in fp64: scores `[L, Hq, n]`, -inf where a block is not past, and |mean| of its blocks `[Hq, n]`."""
+    """Per document, in fp64: scores `[L, Hq, n]`, -inf where a block is not past, and |mean - centre| of its blocks `[Hq, n]`."""
     group = q.shape[1] // k.shape[1]
     for start, end in itertools.pairwise(bounds):
         keys = k[start:end].detach().double().repeat_interleave(group, dim=1)
         means = torch.stack([block.mean(0) for block in keys.split(block_size)])  # [n, Hq, D]
         own = torch.arange(end - start, device=q.device)[:, None, None] // block_size
         scores = torch.einsum("qhd,nhd->qhn", q[start:end].detach().double(), means)
-        yield scores.masked_fill(torch.arange(len(means), device=q.device) >= own, float("-inf")), means.norm(dim=-1).t()
+        norms = (means - means[:2][-1]).norm(dim=-1).t()
+        yield scores.masked_fill(torch.arange(len(means), device=q.device) >= own, float("-inf")), norms
 
 
 def without_near_ties(inputs, *, bounds, block_size, topk):
@@ -103,7 +107,7 @@ def without_near_ties(inputs, *, bounds, block_size, topk):
         for (start, end), (scores, norms) in zip(itertools.pairwise(bounds), gate_scores(q, k, bounds=bounds, block_size=block_size)):
             best = scores.topk(min(topk, scores.shape[-1]), dim=-1).values
             lowest_in, highest_out = best[..., topk - 2 : topk - 1], best[..., topk - 1 : topk]
-            bound = 2 * NEAR_TIE * q[start:end].double().norm(dim=-1) * norms.amax(-1)
+            bound = 2 * (NEAR_TIE + STEP) * q[start:end].double().norm(dim=-1) * norms.amax(-1)
             near.append((lowest_in - highest_out < bound[..., None]).any(-1) if topk > 1 else torch.zeros_like(bound, dtype=torch.bool))
         near = torch.cat(near)
         if not near.any():
@@ -200,8 +204,9 @@ def assert_only_near_ties_differ(q, k, *, bounds, block_size, topk):
         worst_taken = scores.masked_fill(~ours | theirs, float("inf")).amin(-1)
         best_missed = scores.masked_fill(~theirs | ours, float("-inf")).amax(-1)
         norm = norms.masked_fill(~(ours ^ theirs), 0).amax(-1)
+        longest = norms.masked_fill(scores.isinf(), 0).amax(-1)
         differs = (ours ^ theirs).any(-1)
-        bound = NEAR_TIE * q[start:end].double().norm(dim=-1) * norm
+        bound = q[start:end].double().norm(dim=-1) * (NEAR_TIE * norm + STEP * longest)
         assert (best_missed - worst_taken < bound)[differs].all()
         num_different, num_chosen = num_different + int((ours & ~theirs).sum()), num_chosen + int(ours.sum())
     return num_different / num_chosen
@@ -236,6 +241,52 @@ def test_choice_differs_in_fewer_than_one_of_10000(target):
         share = assert_only_near_ties_differ(q, k, bounds=[0, 32768], block_size=block_size, topk=topk)
         print(f"B={block_size} topk={topk} D={head_dim} {target.dtype}: {share:.1e} of the choices differ from fp64")
         assert share < 1e-4
+
+
+def trained_inputs(target, bounds, *, common, sink, seed):
+    """q `[T, 2, 64]` and k `[T, 1, 64]` that are made as a trained model's are, of numbers that bf16 has.
+
+    All keys share a vector of norm `common`, which queries seek, in the pairs that rotary positions turn slowest; what is read changes
+    in steps of 100 tokens; and the first key of each document is a sink, further along that vector by `sink`.
+    """
+    q, k, *_ = (x.detach() for x in target.inputs(bounds[-1], 2, 1, 64, seed=seed))
+    topic, direction, *_ = (x.detach() for x in target.inputs(bounds[-1] // 100 + 1, 1, 1, 64, seed=seed + 1))
+    shared = direction[0] * (torch.arange(64, device=target.device) % 32 >= 24)
+    shared /= shared.norm()
+    k += common * shared + topic.repeat_interleave(100, dim=0)[: len(k)]
+    k[bounds[:-1]] += sink * shared
+    q += 8 * shared
+    position = torch.cat([torch.arange(end - start, device=target.device) for start, end in itertools.pairwise(bounds)])
+    table = rotary_table(position, 64, RopeConfig(theta=1e6))
+    return [rotate(x, table).bfloat16().to(target.dtype) for x in (q, k)]
+
+
+@pytest.mark.parametrize("common, sink", [(0, 1000), (100, 1000), (1000, 0)])
+def test_choice_is_that_of_fp64_on_inputs_as_trained(common, sink, target):
+    sizes = {"bounds": [0, 700, 3500] if target.device == "cpu" else [0, 3500, 32768], "block_size": 64, "topk": 4}
+    share = assert_only_near_ties_differ(*trained_inputs(target, sizes["bounds"], common=common, sink=sink, seed=86), **sizes)
+    print(f"common {common}, sink {sink}, {target.dtype}: {share:.1e} of the choices differ from fp64")
+    assert share < 1e-4
+
+
+def test_what_the_gate_keeps_of_blocks_hangs_on_no_later_key(target):
+    """From the second block of a document on: queries before its end have no choice."""
+    _, k, *_ = (x.detach() for x in target.inputs(400, 1, 2, 64, seed=88))
+    disturbed = k.clone()
+    disturbed[198:] *= 10
+    before, after = (gate.block_means(plan.call_of(x, x, (0, 70, 400), block_size=64, topk=2, softmax_scale=1, workspace=WORKSPACE), x)
+                     for x in (k, disturbed))  # fmt: skip
+    for kept in ("high", "low", "norm"):
+        assert torch.equal(getattr(before, kept)[:, :4], getattr(after, kept)[:, :4]), kept
+    assert not torch.equal(before.high[:, 4:], after.high[:, 4:])
+
+
+def test_means_as_far_apart_as_the_dtype_allows(target):
+    """Blocks of one key each time, up to near the largest number of fp16 on either side of zero: the choice is in their order."""
+    q = torch.ones(320, 1, 64, device=target.device, dtype=target.dtype)
+    k = torch.tensor([60000.0, -60000, 50000, -50000, 0]).to(q).repeat_interleave(64)[:, None, None].expand(-1, 1, 64)
+    chosen = kernel_choice(q, k, bounds=[0, 320], block_size=64, topk=3)
+    assert torch.equal(is_chosen(chosen[256:], 5), torch.tensor([True, False, True, False, False], device=q.device).expand(64, 1, 5))
 
 
 def test_tied_blocks_are_taken_from_the_first(target):

@@ -13,9 +13,7 @@ from model.ops.moba.triton.schedule import power_of_2
 
 
 @triton.jit(do_not_specialize_on_alignment=TABLES)
-def _means_kernel(
-    K, HIGH, LOW, NORM, START, LENGTH, stride_t, stride_h, num_blocks, B: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
+def _means_kernel(K, MEAN, START, LENGTH, stride_t, stride_h, num_blocks, B: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start, length = tl.load(START + block), tl.load(LENGTH + block)
     dims, rows = tl.arange(0, D), tl.arange(0, ROWS)
@@ -24,13 +22,23 @@ def _means_kernel(
         inside = first + rows < length
         tokens = (start + first + rows).to(tl.int64)
         total += tl.load(K + tokens[:, None] * stride_t + head * stride_h + dims[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
-    mean = tl.sum(total, 0) / length
+    tl.store(MEAN + (head * num_blocks + block) * D + dims, tl.sum(total, 0) / length)
+
+
+@triton.jit(do_not_specialize_on_alignment=TABLES)
+def _centre_kernel(HIGH, LOW, NORM, MEAN, DOC_FIRST, num_blocks, D: tl.constexpr):
+    block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    dims = tl.arange(0, D)
+    second = tl.minimum(tl.load(DOC_FIRST + block) + 1, num_blocks - 1)  # a document without one has no query with a choice
+    centre = tl.load(MEAN + (head * num_blocks + second) * D + dims)
+    centre = tl.where(tl.abs(centre) < float("inf"), centre, 0.0)
+    at = (head * num_blocks + block) * D + dims
+    mean = 0.5 * tl.load(MEAN + at) - 0.5 * centre
     high = mean.to(HIGH.dtype.element_ty)
     low = (mean - high.to(tl.float32)).to(LOW.dtype.element_ty)
     kept = high.to(tl.float32) + low.to(tl.float32)
     norm = tl.sqrt(tl.sum(kept * kept, 0)) + 2e-18  # a sum of squares that underflows is no zero
     is_finite = norm < float("inf")
-    at = (head * num_blocks + block) * D + dims
     tl.store(HIGH + at, tl.where(is_finite, high, 0.0))
     tl.store(LOW + at, tl.where(is_finite, low, 0.0))
     tl.store(NORM + head * num_blocks + block, tl.where(is_finite, norm, 0.0))
@@ -38,7 +46,13 @@ def _means_kernel(
 
 @dataclass(frozen=True, kw_only=True)
 class Means:
-    """The mean key of each block and key/value head; zeros where it is not finite, so that every score is."""
+    """Half of what each block's mean key, by key/value head, is beyond its document's centre; zeros where that is not finite, so that
+    every score is.
+
+    Taking one vector from all means of a document changes no order of scores. What trained keys have in common can be far longer than what
+    tells them apart, and would take its bits. The centre is the mean of the document's second block: past for every query that has a
+    choice, which therefore hangs on no later key, and without the sinks of the first. Half the difference of two means is in k's range.
+    """
 
     high: Tensor
     """In k's dtype `[Hkv, N, D]`."""
@@ -49,20 +63,23 @@ class Means:
 
 
 @once_a_call
-def _means_launch(call: Call) -> Launch:
+def _means_launches(call: Call) -> tuple[Launch, Launch]:
     blocks = call.blocks
-    sizes = {"B": blocks.size, "D": call.head_dim, "ROWS": 64}
-    return Launch(_means_kernel, (blocks.count, call.num_kv), *call.kv_strides, blocks.count, **sizes, warps=4)
+    grid, sizes = (blocks.count, call.num_kv), {"B": blocks.size, "D": call.head_dim, "ROWS": 64}
+    means = Launch(_means_kernel, grid, *call.kv_strides, blocks.count, **sizes, warps=4)
+    return means, Launch(_centre_kernel, grid, blocks.count, D=call.head_dim, warps=1)
 
 
 def block_means(call: Call, k: Tensor) -> Means:
     """Of k `[T, Hkv, D]`, summed in fp32."""
     blocks = call.blocks
-    high = torch.empty(call.num_kv, blocks.count, call.head_dim, device=k.device, dtype=k.dtype)
+    mean = torch.empty(call.num_kv, blocks.count, call.head_dim, device=k.device, dtype=torch.float32)
+    high, low = (torch.empty(mean.shape, device=k.device, dtype=k.dtype) for _ in range(2))
     norm = torch.empty(call.num_kv, blocks.count, device=k.device, dtype=torch.float32)
-    means = Means(high=high, low=torch.empty_like(high), norm=norm)
-    _means_launch(call)(k, high, means.low, norm, blocks.start, blocks.length)
-    return means
+    launch_means, launch_centre = _means_launches(call)
+    launch_means(k, mean, blocks.start, blocks.length)
+    launch_centre(high, low, norm, mean, blocks.doc_first)
+    return Means(high=high, low=low, norm=norm)
 
 
 @triton.jit(do_not_specialize_on_alignment=TABLES)
@@ -150,9 +167,10 @@ def _gate_launch(call: Call, heads: range) -> Launch:
 def choose_blocks(call: Call, q: Tensor, means: Means, heads: range) -> Tensor:
     """Global ids of the chosen past blocks of `heads`: int32 `[heads, T, P]`, in no order, then -1 where there are fewer.
 
-    Scores are fp32 sums of products with the two halves of the mean, rounded to steps of at most 2**-20 of ‖q‖ times the longest of the
-    query's past means: the choice is that of exact arithmetic except where two scores differ by less than such a step and 2**-17 of
-    ‖q‖·‖mean‖ (in fp16, whose halves end at 2**-25, also 2**-25 of the sum of |q|). Ties go to the lower block.
+    Scores are fp32 sums of products with the two halves of each mean less the centre, rounded to steps of at most 2**-20 of ‖q‖ times the
+    longest such difference of the query's past blocks: the choice is that of exact arithmetic except where two scores differ by less than
+    such a step, 2**-17 of ‖q‖·‖mean - centre‖ (in fp16, whose halves end at 2**-25, also 2**-24 of the sum of |q|) and what fp32 rounds in
+    summing the keys. Ties go to the lower block.
     """
     blocks = call.blocks
     chosen = torch.empty(len(heads), call.num_tokens, call.num_past, device=q.device, dtype=torch.int32)
