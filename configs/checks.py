@@ -53,7 +53,7 @@ def check_stage(run: RunConfig, stage: StageConfig, index: int, world_size: int)
     except ConfigError as error:
         raise ConfigError(f"{key}.rope.{error}") from None
     if longest is not None and stage.seq_len > longest:
-        factor = math.ceil(stage.seq_len / (stage.rope.original_max_seq_len or max_seq_len))
+        factor = math.ceil(stage.seq_len / ((stage.rope.original_max_seq_len or max_seq_len) * stage.rope.interpolation))
         scaled = f", which {key}.rope.scaling={stage.rope.scaling.value} takes to {longest}" if longest > max_seq_len else ""
         raise ConfigError(
             f"{key}.seq_len={stage.seq_len}: is beyond the positions RoPE is set up for, model.max_seq_len={max_seq_len}{scaled}; "

@@ -130,6 +130,8 @@ def _select(words: list[str], num_layers: int) -> list[int]:
     if words[0] in ("all", "rest"):
         return layers
     numbers = [int(word) for word in words[1:]]
+    if words[0] in ("first", "last") and numbers[0] > num_layers:
+        raise ValueError(f"'{words[0]} {numbers[0]}' is more layers than the {num_layers} of the model")
     if words[0] == "first":
         return layers[: numbers[0]]
     if words[0] == "last":

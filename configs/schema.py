@@ -342,7 +342,8 @@ class RopeConfig:
         if "factor" in used:
             _require(self.factor > 1, "factor", self.factor, f"must be greater than 1 for scaling={self.scaling.value}")
         if "original_max_seq_len" in used:
-            _at_least(self, 1, "original_max_seq_len")
+            needs = f"scaling={self.scaling.value} needs the length, in tokens, that the model was trained at before it; at least 1"
+            _require(self.original_max_seq_len >= 1, "original_max_seq_len", self.original_max_seq_len, needs)
         _at_least(self, 0, "attention_factor")
         _at_least(self, 1, "interpolation")
         for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):

@@ -7,7 +7,7 @@ is mapped, known to leave the results as they are, or refused.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +16,7 @@ from configs.model_file import ModelFile
 from configs.schema import AttentionConfig, ConfigError, ModelConfig, RopeConfig, RopeScaling
 from model.transformer import Transformer
 
+T = TypeVar("T")
 MODELLING_FILE = "modeling_moba.py"
 """Name in an export of the source of `model.hf_moba`."""
 
@@ -157,14 +158,31 @@ def from_config(values: Mapping[str, Any]) -> ModelFile:
         raise ConfigError(f"model_type={kind}: no family that our model covers; accepted: {accepted}")
     _check_neutral(values, kind)
     model = _model(values, family)
-    own, nope = values.get("attention_layers"), values.get("nope_layers", [])
+    own, nope = values.get("attention_layers"), _typed(values, "nope_layers", list, [])
+    if not all(type(layer) is int for layer in nope):
+        raise ConfigError(f"nope_layers={nope!r}: must be a list of layers, counted from 0")
     layers = _windows(values, family, model.num_layers) if own is None else _own_layers(own, model.num_layers)
     attention = AttentionConfig(rule=_join(layers))
     attention.per_layer(model.num_layers)
-    rope = replace(_rope(values), interpolation=float(values.get("position_interpolation", 1)))
+    rope = replace(_rope(values), interpolation=_typed(values, "position_interpolation", float, 1.0))
     rope = replace(rope, nope=f"layers {' '.join(map(str, nope))}" if nope else "")
     rope.nope_layers(model.num_layers)
     return ModelFile(model=model, rope=rope, attention=attention)
+
+
+_TYPES: dict[type, str] = {int: "an integer", float: "a finite number", bool: "true or false", list: "a list", dict: "an object"}
+
+
+def _typed(values: Mapping[str, Any], key: str, hint: type[T], default: T | None) -> T:
+    """The field `key` as `hint`; `default` where it is absent or null, which None says it may not be. Raises ConfigError."""
+    value = default if values.get(key) is None else values[key]
+    if value is None:
+        raise ConfigError(f"{key}: is missing; must be {_TYPES[hint]}")
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint or (isinstance(value, float) and not math.isfinite(value)):
+        raise ConfigError(f"{key}={value!r}: must be {_TYPES[hint]}")
+    return value
 
 
 def _check_neutral(values: Mapping[str, Any], kind: str) -> None:
@@ -186,18 +204,14 @@ def _model(values: Mapping[str, Any], family: _Family) -> ModelConfig:
         value = values.get(theirs, _ABSENT.get(theirs))
         if value is None and theirs == "num_key_value_heads" and (theirs in values or family.name == "Llama"):
             value = values.get("num_attention_heads")
-        if value is None:
-            raise ConfigError(f"{theirs}: is missing")
-        hint = type(getattr(ModelConfig, ours))
-        if type(value) is not hint and not (hint is float and type(value) is int):
-            raise ConfigError(f"{theirs}={value!r}: must be of type {hint.__name__}")
-        fields[ours] = hint(value)
+        fields[ours] = _typed({theirs: value}, theirs, type(getattr(ModelConfig, ours)), None)
     fields |= {"qkv_bias": family.qkv_bias, "qk_norm": family.qk_norm}
-    head_dim = values.get("head_dim", family.head_dim)
-    if head_dim is None:
+    if values.get("head_dim", family.head_dim) is None:
         if fields["hidden_size"] % max(fields["num_heads"], 1):
             raise ConfigError(f"head_dim: is not given, and num_attention_heads={fields['num_heads']} does not divide hidden_size")
-        head_dim = fields["hidden_size"] // fields["num_heads"]
+        head_dim = fields["hidden_size"] // max(fields["num_heads"], 1)
+    else:
+        head_dim = _typed(values, "head_dim", int, family.head_dim)
     try:
         return ModelConfig(**fields, head_dim=head_dim)
     except ConfigError as error:
@@ -207,29 +221,29 @@ def _model(values: Mapping[str, Any], family: _Family) -> ModelConfig:
 def _windows(values: Mapping[str, Any], family: _Family, num_layers: int) -> list[str]:
     """The attention of each layer as transformers gives it: `sliding(W)` where a window is in use, else `full`."""
     window = values.get("sliding_window", 4096)
-    if not family.has_window and not values.get("use_sliding_window", False):
+    if not family.has_window and not _typed(values, "use_sliding_window", bool, False):
         window = None
-    kinds = None if family.has_window else values.get("layer_types")
+    kinds = None if family.has_window else _typed(values, "layer_types", list, []) or None
     if kinds is None:
-        first = 0 if family.has_window else values.get("max_window_layers", 28)
+        first = 0 if family.has_window else _typed(values, "max_window_layers", int, 28)
         kinds = ["sliding_attention" if window is not None and layer >= first else "full_attention" for layer in range(num_layers)]
     if len(kinds) != num_layers:
         raise ConfigError(f"layer_types: names {len(kinds)} layers, num_hidden_layers={num_layers}")
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             raise ConfigError(f"layer_types={kind}: accepted: full_attention, sliding_attention")
-        if kind == "sliding_attention" and type(window) is not int:
-            raise ConfigError(f"sliding_window={window}: must be a number of tokens, layer_types has sliding layers")
+        if kind == "sliding_attention" and (type(window) is not int or window < 1):
+            raise ConfigError(f"sliding_window={window!r}: must be a number of tokens, at least 1; layer_types has sliding layers")
     return [f"sliding({window})" if kind == "sliding_attention" else "full" for kind in kinds]
 
 
 def _rope(values: Mapping[str, Any]) -> RopeConfig:
     given: dict[str, Any] = {}
     top = {key: values[key] for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings") if key in values}
-    for part in (values.get("rope_scaling") or {}, values.get("rope_parameters") or {}, top):
+    for part in (*(_typed(values, key, dict, {}) for key in ("rope_scaling", "rope_parameters")), top):
         for key, value in part.items():
             key = "rope_type" if key == "type" else key
-            if given.get(key, value) != value:
+            if key in given and given[key] != value:
                 raise ConfigError(f"rope_parameters: {key} is {given[key]!r} in one place and {value!r} in another; keep the right one")
             given[key] = value
     kind = given.pop("rope_type", "default")
@@ -238,8 +252,10 @@ def _rope(values: Mapping[str, Any]) -> RopeConfig:
     given.pop("finetuned", None)  # a note of the first yarn files
     given = {key: value for key, value in given.items() if value is not None}
     for key, value in given.items():
-        if type(value) not in (int, float, bool):
+        if type(value) not in (int, float, bool) or not math.isfinite(value):
             raise ConfigError(f"rope_parameters: {key}={value!r}: must be a number")
+        if key == "original_max_position_embeddings" and value < 1:
+            raise ConfigError(f"rope_parameters: {key}={value!r}: must be at least 1")
     if given.pop("partial_rotary_factor", 1) != 1:
         raise ConfigError("partial_rotary_factor: accepted: 1; our rotation turns whole heads")
     try:

@@ -101,8 +101,12 @@ def from_config_file(source: Path) -> ModelFile:
     path = source / "config.json"
     if not source.is_dir():
         raise ConfigError(f"DIR={source}: no such folder; hub names are not taken, download it first")
+    ours = any((source / name).exists() for name in (MODEL_FILE, "checkpoints", "state.json"))
+    if ours and not (path.is_file() and "model_type" in read_json(path)):  # a run keeps its own settings under that name
+        raise ConfigError(f"DIR={source}: is a folder of this program; init_from={source} takes it as it is, to_hf exports it")
+    values = read_json(path)
     try:
-        return from_config(read_json(path))
+        return from_config(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 

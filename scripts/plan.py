@@ -1,7 +1,7 @@
 """Check a training run and say what it will cost: `python -m scripts.plan experiment=NAME key=value ...`.
 
     num_gpus=8 gpu=H200 mfu=0.4      what it would run on; the other keys are those of train.main
-    measure=true                     also run the layers' shapes on this machine's device
+    --measure (or measure=true)      also run the layers' shapes on this machine's device
 
 Refuses what training would refuse, and allocates nothing (unless it measures). Prints per stage: tokens, steps, attention of each
 layer, FLOPs executed and as if all attention were full, time, memory of a GPU by part; and from which context length on MoBA pays.
@@ -28,5 +28,11 @@ def main(config: PlanConfig) -> None:
     show(markdown(plan, calibrate(plan) if config.measure else None))
 
 
+def program() -> None:
+    """The command line, in which the flag `--measure` is the setting `measure=true`."""
+    sys.argv[1:] = ["measure=true" if text == "--measure" else text for text in sys.argv[1:]]
+    main()
+
+
 if __name__ == "__main__":
-    run(main, interrupted="nothing was written")
+    run(program, interrupted="nothing was written")

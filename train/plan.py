@@ -9,6 +9,7 @@ import torch
 
 from configs.checks import check_run, check_vocabulary
 from configs.layers import LayerAttention
+from configs.mapping import nearest
 from configs.schema import AttentionBackend, ConfigError, ParallelConfig, PlanConfig, Precision, RunConfig, StageConfig
 from data.manifest import FILE_NAME
 from data.mix import MixReport, report
@@ -135,7 +136,7 @@ def make_plan(config: PlanConfig) -> Plan:
 def check_plan(config: PlanConfig) -> list[str]:
     """All that training checks before its first step; returns what could not be checked here. Raises ConfigError."""
     if config.gpu not in GPUS:
-        raise ConfigError(f"gpu={config.gpu}: is not known; accepted: {', '.join(GPUS)}")
+        raise ConfigError(f"gpu={config.gpu}: is not known{nearest(config.gpu.upper(), list(GPUS))}; accepted: {', '.join(GPUS)}")
     check_run(config, world_size=config.num_gpus)
     check_attention(config, _GPU, world_size=config.num_gpus)
     with torch.device("meta"):

@@ -25,6 +25,9 @@ def markdown(plan: Plan, measured: tuple[str, Sequence[StageFigures]] | None = N
         f"{precision}.\n"
         "Rows are reckoned as one document each, the most that they can cost."
     )
+    trained, asked = config.total_tokens, sum(stage.tokens for stage in config.stages)
+    if trained != asked:
+        head += f"\nBudgets are rounded up to whole steps: {trained:,} tokens are trained on for the {asked:,} that were asked for."
     parts = [head, _stages(plan), _cost(plan), _memory(plan)]
     if config.num_gpus > 1:
         parts.append(_communication(plan))

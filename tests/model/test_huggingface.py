@@ -239,7 +239,7 @@ def test_released_spellings_are_read():
         ({"rope_interleaved": True}, "rope_interleaved=True"),
         ({"query_pre_attn_scalar": 256}, "query_pre_attn_scalar=256: is not known here; .*take it out"),
         ({"num_attention_heads": 5}, "head_dim: is not given, and num_attention_heads=5 does not divide"),
-        ({"vocab_size": "many"}, "vocab_size='many': must be of type int"),
+        ({"vocab_size": "many"}, "vocab_size='many': must be an integer"),
         ({"hidden_size": None}, "hidden_size: is missing"),
         ({"num_key_value_heads": 3}, "num_heads=4: must be a multiple of num_kv_heads=3"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type=dynamic: accepted: .*ours are fixed"),
@@ -266,6 +266,26 @@ def test_what_our_model_does_not_compute_is_refused_by_name(changes, says):
     with pytest.raises(ConfigError, match=says) as refusal:
         from_config(LLAMA | changes)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "moba_llama"])
+def test_a_field_of_any_other_type_is_an_error_of_one_line_or_means_nothing(family):
+    """Every field that is read, under values of every type that JSON has."""
+    layers = {"attention_layers": ["full", "full"], "nope_layers": [0], "position_interpolation": 1.0} if family == "moba_llama" else {}
+    windows = {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1, "layer_types": None}
+    good = LLAMA | windows | layers | {"model_type": family, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6}
+    whole = [good | {"rope_parameters": rope} for rope in (*ROPES.values(), {"rope_type": "yarn", "factor": 2.0})]
+    odd = (None, True, "16", 16.5, -1, 0, float("nan"), [1], ["x"], [[]], {"a": 1}, {}, [])
+    for base in whole:
+        from_config(base)
+        changed = [base | {key: value} for key in base for value in odd]
+        rope = base["rope_parameters"]
+        changed += [base | {"rope_parameters": rope | {key: value}} for key in rope for value in odd]
+        for values in changed:
+            try:
+                from_config(values)
+            except ConfigError as error:
+                assert "\n" not in str(error)
 
 
 def test_a_model_that_no_class_computes_is_not_exported():

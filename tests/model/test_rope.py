@@ -106,8 +106,8 @@ GOOD = {
         (LLAMA3, {"attention_factor": 1.0}, r"^attention_factor=1.0: scaling=llama3 has no use for it"),
         (LINEAR, {"factor": 1.0}, r"^factor=1.0: must be greater than 1 for scaling=linear$"),
         (YARN, {"factor": 0.5}, r"^factor=0.5: must be greater than 1 for scaling=yarn$"),
-        (YARN, {"original_max_seq_len": 0}, r"^original_max_seq_len=0: must be at least 1$"),
-        (LLAMA3, {"original_max_seq_len": -1}, r"^original_max_seq_len=-1: must be at least 1$"),
+        (YARN, {"original_max_seq_len": 0}, r"^original_max_seq_len=0: scaling=yarn needs the length, .*at least 1$"),
+        (LLAMA3, {"original_max_seq_len": -1}, r"^original_max_seq_len=-1: scaling=llama3 needs the length, .*at least 1$"),
         (YARN, {"attention_factor": -1.0}, r"^attention_factor=-1.0: must be at least 0$"),
         (YARN, {"beta_slow": 0.0}, r"^beta_slow=0.0: must be positive$"),
         (YARN, {"beta_fast": 1.0}, r"^beta_fast=1.0: must be greater than beta_slow=1.0$"),
@@ -141,7 +141,7 @@ def test_a_stage_is_as_long_as_its_positions_reach(rope, rule, longest):
         check_run(replace(run, stages=(fits, longer)), world_size=1)
     assert "\n" not in str(caught.value)
     assert (f"which stages.1.rope.scaling={rope.scaling.value} takes to {longest}" in str(caught.value)) == (longest > 1000)
-    assert f"a factor of {math.ceil((longest + 1) / (rope.original_max_seq_len or 1000))}," in str(caught.value)
+    assert f"a factor of {math.ceil((longest + 1) / (rope.original_max_seq_len or 1000) / rope.interpolation)}," in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,22 @@ def test_a_bad_folder_is_one_line_and_nothing_is_written(convert, copied, tmp_pa
     assert not (tmp_path / "made").exists()
 
 
+def test_a_folder_of_ours_is_said_to_be_one_and_a_path_is_said_once(convert, llama, copied, tmp_path, capsys):
+    convert("from_hf", llama, tmp_path / "ours")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (copied / "config.json").write_text("{")
+    capsys.readouterr()
+    for source, says in (
+        (tmp_path / "ours", f"DIR={tmp_path / 'ours'}: is a folder of this program; init_from="),
+        (tmp_path / "run", f"DIR={tmp_path / 'run'}: is a folder of this program; init_from="),
+        (copied, f"{copied / 'config.json'}: is not JSON"),
+    ):
+        with pytest.raises(SystemExit):
+            convert("from_hf", source, tmp_path / "again")
+        assert capsys.readouterr().err.startswith(f"error: {says}")
+
+
 def test_what_is_there_is_left_alone(convert, llama, tmp_path, capsys):
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "mine").write_text("mine")

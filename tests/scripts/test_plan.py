@@ -15,6 +15,12 @@ def test_a_plan_is_printed_as_tables_and_writes_nothing(tmp_path):
     assert not run_dir.exists()
 
 
+def test_the_flag_measures_on_this_machine():
+    shape = ["model=tiny", "stages.0.seq_len=512", "num_gpus=1", "device=cpu", "data.prepared_dir=nowhere"]
+    done = execute([sys.executable, "-m", "scripts.plan", "--measure", *shape])
+    assert (done.returncode, done.stderr) == (0, "") and "Measured on " in done.stdout
+
+
 def test_a_mistake_ends_in_one_line_and_status_2():
     done = execute([sys.executable, "-m", "scripts.plan", "experiment=moba90_full10", "num_gpus=6"])
     assert done.returncode == 2 and done.stdout == ""

@@ -190,7 +190,7 @@ def test_counted_in_flops_the_crossover_is_where_fewer_are_executed(block_size, 
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_is_planned_and_takes_the_time_it_states(name):
+def test_every_experiment_is_planned_fits_and_takes_the_time_it_states(name):
     text = (CONFIG_DIR / "experiment" / f"{name}.yaml").read_text()
     stated = re.search(
         r"^# Expected: (?P<days>[\d.]+) days on (?P<gpus>\d+) (?P<gpu>\w+) at an MFU of (?P<mfu>\d\.\d+)", text, re.MULTILINE
@@ -202,6 +202,8 @@ def test_every_experiment_is_planned_and_takes_the_time_it_states(name):
         assert sum(stage.days for stage in plan.stages) == pytest.approx(float(stated["days"]), rel=5e-3)
     for size in re.findall(r"([\d,]+) GB a GPU", text):
         assert any(stage.memory / 1e9 == pytest.approx(float(size.replace(",", "")), abs=1) for stage in plan.stages)
+    assert plan.config.total_tokens == sum(stage.tokens for stage in plan.stages)
+    assert not [note for note in plan.notes if "needs" in note]  # more memory than a GPU has
     shown = markdown(plan)
     for stage in plan.stages:
         tables = 3 if plan.config.num_gpus == 1 else 4
@@ -209,10 +211,9 @@ def test_every_experiment_is_planned_and_takes_the_time_it_states(name):
 
 
 def test_the_papers_recipe_is_as_the_paper_has_it():
-    stages = _plan("experiment=llama8b_1m").stages
-    assert _plan("experiment=llama8b_1m", "init_from=nowhere").notes[0] == (
-        "init_from=nowhere: is not there yet, so model, RoPE and tokenizer were not checked against its weights"
-    )
+    plan = _plan("experiment=llama8b_1m", "init_from=nowhere", "num_gpus=64")
+    stages = plan.stages
+    assert plan.notes[0] == ("init_from=nowhere: is not there yet, so model, RoPE and tokenizer were not checked against its weights")
     assert [stage.stage.seq_len for stage in stages] == [131072, 262144, 524288, 1048576, 1048576]
     assert describe_layers(stages[-1].attention) == "0-28 moba(4096, 12), 29-31 full"
     assert stages[-1].tokens == pytest.approx(100e9, rel=1e-3) and stages[-1].flops.executed < 0.25 * stages[-1].flops.dense_equivalent
@@ -282,7 +283,21 @@ def test_a_plan_says_what_each_stage_reads_of_a_prepared_corpus(corpus):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["gpu=H20"], r"^gpu=H20: is not known; accepted: H200, H100"),
+        (["gpu=H20"], r"^gpu=H20: is not known, did you mean .*; accepted: H200, H100"),
+        (["gpu=h200"], r"^gpu=h200: is not known, did you mean 'H200'\?; accepted: H200, H100"),
+        (["attention.rule='last 100 full, rest moba'"], r"^stages.0.attention.rule=.*'last 100' is more layers than the \d+ of the model$"),
+        (["rope.scaling=yarn", "rope.factor=4"], r"original_max_seq_len=0: scaling=yarn needs the length, in tokens, that the model"),
+        (
+            [
+                "rope.scaling=yarn",
+                "rope.factor=2",
+                "rope.original_max_seq_len=8192",
+                "rope.interpolation=2",
+                "stages.0.seq_len=65536",
+                "stages.0.batch_tokens=65536",
+            ],
+            r"^stages.0.seq_len=65536: .*takes to 32768; .* a factor of 4,",
+        ),
         (["mfu=0"], r"^mfu=0.0: must lie in \(0, 1\]$"),
         (["num_gpus=0"], r"^num_gpus=0: must be at least 1$"),
         (["gpus_per_node=0"], r"^gpus_per_node=0: must be at least 1$"),
