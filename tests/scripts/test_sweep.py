@@ -233,12 +233,13 @@ def test_jobs_are_run_once_and_their_rows_have_all_that_a_fit_needs(folder, corp
     assert [one["job"] for one in launches(folder)] == ["full-seed0", "full-seed1", "moba-seed0", "moba-seed1"]
     with (folder / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == [*COLUMNS, "loss_from_0", "loss_from_64"]
+    assert list(rows[0]) == [*COLUMNS, "loss_from_0", "loss_from_64", "heldout_rows"]
     row = next(row for row in rows if row["job"].startswith("moba-seed1"))
     expected = {"arm": "moba(64, 3)", "model": "tiny", "seed": "1", "context": "512", "block_size": "64", "topk": "3", "lr": "0.004"}
     expected |= {"tokens": "49152", "flops_executed": str(12 * 2 * 10**6), "tokens_per_second": "100.0", "seconds": "24.0"}
     expected |= {"batch_tokens": "4096", "epochs": "0.1", "heldout_loss": "6.1", "loss_from_64": "6.0", "train_loss": str(7 - 6.5 / 12)}
     assert {key: row[key] for key in expected} == expected
+    assert json.loads(row["heldout_rows"])["checksums"] == [7, 8]
     assert int(row["flops_6nd"]) == 6 * int(row["non_embedding"]) * 49152 and Path(row["run_dir"]).is_dir()
     run(monkeypatch, *arguments(folder, corpus))
     assert len(launches(folder)) == 4 and "4 jobs done" in capsys.readouterr().out
