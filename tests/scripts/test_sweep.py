@@ -29,6 +29,7 @@ from scripts.sweeps.costs import plan_of
 from scripts.sweeps.jobs import Job, make_jobs
 from scripts.sweeps.results import COLUMNS, arm, read
 from scripts.sweeps.table import JobTable
+from scripts.sweeps.task import trials_file
 from tests.scripts.test_quickstart import still_running
 from tests.train.helpers import environment, steps
 
@@ -265,6 +266,7 @@ def test_a_job_that_fails_stops_no_other_and_is_named(folder, corpus, monkeypatc
     assert told[-2] == "1 of 4 jobs failed:" and told[-1].startswith("full-seed1-") and told[-1].endswith(": stages.0: [cannot] be")
     assert sum("training" in line for line in told) >= 1 and sum(line.endswith(" done held-out loss 6.1000") for line in told) == 3
     config = config_of(*[word for word in words if word.partition("=")[0] in ("sweep", "sweep_dir")])
+    trials_file(config).write_text("\n".join(path.stem for path in folder.glob("*.log")))
     with Console(width=120, file=io.StringIO(), record=True) as console:
         table = JobTable(config, [])
         console.print(table._table(table.states()))
@@ -363,6 +365,33 @@ def test_interrupted_it_ends_its_trainer_and_says_how_to_go_on(folder, corpus):
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 128 + signal.SIGTERM
     assert still_running(folder) == [] and len(read(folder / "results.csv")) == 1
+
+
+SEARCH = ["attention.rule=full", "seed=0", "trials=2", "optim.lr=tag(log,interval(1e-4,1e-1))"]
+
+
+@pytest.mark.parametrize("words", [["model.hiden_size=3"], ["data.prepared_dir=/nowhere"], ["optim.lr=interval(-1,1)"]])
+def test_a_search_is_checked_before_its_first_job(folder, corpus, monkeypatch, capsys, words):
+    for more in (words, [*words, "--dry-run"]):
+        if more[0].startswith("data.") and "--dry-run" in more:
+            continue  # which asks for no corpus
+        with pytest.raises(SystemExit) as ended:
+            run(monkeypatch, *arguments(folder, corpus, *SEARCH, *more))
+        assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+    assert list(folder.iterdir()) == []
+
+
+def test_a_search_counts_no_job_of_an_earlier_one(folder, corpus, monkeypatch, capsys):
+    (folder / "another-123456.log").write_text("of another search")
+    run(monkeypatch, *arguments(folder, corpus, *SEARCH))
+    assert capsys.readouterr().out.splitlines()[0] == "2 jobs done"
+
+
+def test_a_folder_that_is_a_file_is_refused(folder, corpus, monkeypatch, capsys):
+    (folder / "file").write_text("")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *arguments(folder, corpus, f"sweep_dir={folder / 'file'}"))
+    assert capsys.readouterr().err == f"error: sweep_dir={folder / 'file'}: is a file; a sweep needs a folder\n"
 
 
 @pytest.mark.slow
