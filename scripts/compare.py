@@ -15,14 +15,20 @@ if not __package__:  # started by its path: the folder of this file would shadow
 
 from configs.registry import command, show
 from configs.schema import CompareConfig
-from scripts.program import run
+from scripts.program import first_word_is, run
 from scripts.scaling.comparison import compare
 from scripts.scaling.comparison_report import markdown, plot
 from train.run_dir import unwritable, write_atomically
 
 
+def main() -> None:
+    """Takes the results, where they are the first word, off the command line; the rest is its config."""
+    first_word_is("results")
+    compare_arms()
+
+
 @command(CompareConfig, config_name="compare")
-def main(config: CompareConfig) -> None:
+def compare_arms(config: CompareConfig) -> None:
     """Compares, writes and prints the report."""
     found = compare(config)
     folder = Path(config.output_dir) if config.output_dir else Path(config.results).parent

@@ -9,7 +9,7 @@ import numpy as np
 from configs.mapping import nearest
 from configs.schema import Compute, ConfigError, FitConfig
 from scripts.scaling.laws import PFLOP_S_DAY, Fit, Interval, fit, interval, mean, num_parameters
-from scripts.sweeps.results import POSITION, position, read
+from scripts.sweeps.results import FILE, POSITION, position, read
 
 Row = dict[str, str]
 ALL = "heldout_loss"
@@ -95,6 +95,8 @@ def read_arms(results: str, arms: Sequence[str]) -> dict[str, list[Row]]:
 
     Raises ConfigError for a file that is none or holds no such arm."""
     path = Path(results)
+    if path.is_dir():
+        raise ConfigError(f"results={results}: is a folder; name its file, results={path / FILE}")
     if not path.is_file():
         raise ConfigError(f"results={results}: no such file; python -m scripts.sweep writes results.csv into its sweep_dir")
     rows = read(path)

@@ -61,7 +61,7 @@ def test_seeds_are_averaged_and_their_spread_is_said(tmp_path):
 
 def test_the_command_writes_a_table_and_a_figure_and_names_what_is_missing(tmp_path, monkeypatch, capsys):
     results = write(tmp_path, rows(seeds=2)[:3])
-    monkeypatch.setattr(sys, "argv", ["compare", f"results={results}", "resamples=100"])
+    monkeypatch.setattr(sys, "argv", ["compare", str(results), "resamples=100"])
     program.main()
     text = (tmp_path / "compare.md").read_text()
     assert text.strip() in capsys.readouterr().out and (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
@@ -89,6 +89,11 @@ def test_what_cannot_be_compared_is_refused(tmp_path, change, message):
     first, second = rows()
     with pytest.raises(ConfigError, match=message):
         compared(tmp_path, [first, second | {key: to(second[key]) for key, to in change.items()}])
+
+
+def test_a_folder_is_told_its_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"^results=(.*): is a folder; name its file, results=\1/results.csv$"):
+        compare(compose(CompareConfig, config_name="compare", overrides=[f"results={tmp_path}"]))
 
 
 def test_a_job_that_joined_results_have_twice_counts_once(tmp_path):
