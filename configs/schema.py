@@ -968,6 +968,28 @@ class FitConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """`scripts.compare`: what one arm of a sweep costs over another at one size."""
+
+    results: str = ""
+    """results.csv of a sweep, or several joined under one header."""
+    arms: tuple[str, ...] = ()
+    """Arms to compare, as the column `arm` has them: the gap is the first minus each other. Empty: all, full first."""
+    resamples: int = 2000
+    """Draws of held-out rows behind each interval."""
+    seed: int = 0
+    """Seeds the draws."""
+    output_dir: str = ""
+    """Folder of compare.md and compare.png; empty: that of the results."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.results), "results", repr(self.results), "must be the results.csv of a sweep")
+        _require(len(set(self.arms)) == len(self.arms), "arms", list(self.arms), "must not hold the same twice")
+        _at_least(self, 100, "resamples")
+        _at_least(self, 0, "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
     """`scripts.prepare_data`: build a corpus's shards."""
 

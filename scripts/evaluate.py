@@ -51,7 +51,7 @@ def main(config: EvaluateConfig) -> None:
     with processes(ranks) if ranks.world_size > 1 else nullcontext():
         report = evaluate(config, ranks)
     if ranks.is_main:
-        files = [*_figures(report), "evaluation.md", "evaluation.json"]
+        files = [*(name for name, plot in _figures(report).items() if plot), "evaluation.md", "evaluation.json"]
         show("\n".join([overview(report), *(str(Path(report["output_dir"]) / name) for name in files)]))
 
 
@@ -152,8 +152,8 @@ def _progress(total: int, *, shown: bool) -> Iterator[Callable[[str, int], None]
         yield lambda text, tokens: bar.update(task, advance=tokens, description=text)
 
 
-def _figures(report: dict[str, Any]) -> dict[str, Plot]:
-    """What draws each figure that the report has values for, by file name."""
+def _figures(report: dict[str, Any]) -> dict[str, Plot | None]:
+    """What draws each figure, by file name; None where the report has no values for it."""
     needles = [row for row in report["retrieval"] if row["depth"] is not None]
     gates = [row for row in report["gates"] if row["heads"] and row["context"] == max(each["context"] for each in report["gates"])]
     lines = {result_label(result): result["by_position"] for result in report["results"]}
@@ -162,15 +162,18 @@ def _figures(report: dict[str, Any]) -> dict[str, Plot]:
         "needle.png": (needles, lambda path: plot_needles(path, needles)),
         "gates.png": (gates, lambda path: plot_gates(path, gates)),
     }
-    return {name: plot for name, (values, plot) in drawn.items() if values}
+    return {name: plot if values else None for name, (values, plot) in drawn.items()}
 
 
 def _write(folder: Path, report: dict[str, Any]) -> None:
-    """Each file whole or not at all; evaluation.json comes last, so where it is the others are."""
+    """Each file whole or not at all; evaluation.json comes last, so where it is the others are. Figures of an earlier evaluation go."""
     figures = _figures(report)
     try:
         for name, plot in figures.items():
-            plot(folder / name)
+            if plot:
+                plot(folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
         write_atomically(folder / "evaluation.md", markdown(report))
         write_atomically(folder / "evaluation.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
     except BaseException as error:

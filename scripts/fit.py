@@ -16,14 +16,20 @@ if not __package__:  # started by its path: the folder of this file would shadow
 
 from configs.registry import command, show
 from configs.schema import FitConfig
-from scripts.program import run
+from scripts.program import first_word_is, run
 from scripts.scaling.report import markdown, plot
 from scripts.scaling.study import study
 from train.run_dir import unwritable, write_atomically
 
 
+def main() -> None:
+    """Takes the results, where they are the first word, off the command line; the rest is its config."""
+    first_word_is("results")
+    fit_results()
+
+
 @command(FitConfig, config_name="fit")
-def main(config: FitConfig) -> None:
+def fit_results(config: FitConfig) -> None:
     """Fits, writes and prints the report."""
     found = study(config)
     folder = Path(config.output_dir) if config.output_dir else Path(config.results).parent

@@ -19,14 +19,14 @@ if not __package__:  # started by its path: the folder of this file would shadow
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from configs.registry import command, show
-from configs.schema import SweepConfig
+from configs.schema import ConfigError, SweepConfig
 from scripts.program import quoted, run
 from scripts.sweeps.costs import markdown
-from scripts.sweeps.jobs import check_corpora, make_jobs, search_space
+from scripts.sweeps.jobs import check_corpora, first_trial, make_jobs, search_space
 from scripts.sweeps.multirun import multirun
 from scripts.sweeps.results import FILE, read
 from scripts.sweeps.table import JobTable
-from scripts.sweeps.task import Task, error_file, log_file
+from scripts.sweeps.task import Task, error_file, log_file, trials_file
 
 _OWN = {"sweep", *(item.name for item in fields(SweepConfig))}
 
@@ -47,22 +47,25 @@ def main() -> None:
 def sweep(config: SweepConfig) -> None:
     """Runs what is not done yet. Every job is checked before the first one starts."""
     space = search_space(config) if config.trials else {}
-    jobs = [] if config.trials else make_jobs(config)
-    results = Path(config.sweep_dir) / FILE
+    jobs = [first_trial(config, space)] if space else make_jobs(config)
+    folder = Path(config.sweep_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"sweep_dir={folder}: is a file; a sweep needs a folder")
+    results = folder / FILE
     done = {row["key"] for row in read(results)}
     if config.dry_run:
-        show(
-            markdown(config, jobs, done)
-            if jobs
-            else f"{config.trials} jobs with {', '.join(f'{key}={text}' for key, text in space.items())}"
-        )
+        choices = ", ".join(f"{key}={text}" for key, text in space.items())
+        search = f"\n\nA search of {config.trials} such jobs, with {choices}; this one has the first value of each."
+        show(markdown(config, jobs, done) + (search if space else ""))
         return
     left = [job for job in jobs if job.key not in done]
     check_corpora(left)
     for job in left:
         error_file(config, job.name).unlink(missing_ok=True)
-    with JobTable(config, jobs) as table:
+    with JobTable(config, [] if space else jobs) as table:
         if space:
+            folder.mkdir(parents=True, exist_ok=True)
+            trials_file(config).unlink(missing_ok=True)
             multirun(config, Task(config=config, space=tuple(space)), list(space.values()))
         elif left:
             multirun(config, Task(config=config, jobs=left), [",".join(map(str, range(len(left))))])

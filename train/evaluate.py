@@ -1,8 +1,10 @@
 """Loss on held-out text: a few fixed rows inside the loop, and whole long documents for `scripts.evaluate`."""
 
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,28 +27,66 @@ Advance = Callable[[int], None]
 PASS_TOKENS = 8192
 
 
-def heldout_losses(engine: Engine, batches: Sequence[Batch], ranks: Ranks, *, bucket: int) -> tuple[float, dict[int, float]]:
-    """Mean loss in nats over the held-out rows' targets on all ranks, which hold equally many `batches` each; and by position.
+@dataclass(frozen=True, kw_only=True)
+class HeldoutLosses:
+    """Losses of the held-out rows, which are the same rows in every run on a corpus.
 
-    A token's position is how many of its document's come before it in its row; positions [low, low + bucket) are under `low`, where
-    there are any.
+    A token's position is how many of its document's come before it in its row; bucket i has positions [i * bucket, (i + 1) * bucket).
     """
+
+    bucket: int
+    nats: np.ndarray
+    """fp64 [rows, buckets]: sums over targets."""
+    targets: np.ndarray
+    """int64 [rows, buckets]: their number."""
+    checksums: Sequence[int]
+    """CRC-32 of each row's targets: those of two runs agree where their rows are the same text under the same tokenizer."""
+
+    @property
+    def loss(self) -> float:
+        """Mean in nats a target."""
+        return float(self.nats.sum() / self.targets.sum())
+
+    @property
+    def by_position(self) -> dict[int, float]:
+        """Means by their bucket's first position, where there are targets."""
+        counts, sums = self.targets.sum(axis=0), self.nats.sum(axis=0)
+        return {index * self.bucket: float(sums[index] / count) for index, count in enumerate(counts.tolist()) if count}
+
+    def to_mapping(self) -> dict[str, Any]:
+        """For JSON; nats to 1e-4, which is below 1e-6 a token of any row."""
+        return {
+            "position_bucket": self.bucket,
+            "checksums": list(self.checksums),
+            "targets": self.targets.tolist(),
+            "nats": [[round(value, 4) for value in row] for row in self.nats.tolist()],
+        }
+
+
+def heldout_losses(engine: Engine, batches: Sequence[Batch], ranks: Ranks, *, bucket: int) -> HeldoutLosses:
+    """Losses of the held-out rows of all ranks, which hold equally many `batches` of a row each, as `heldout_rows` deals them out."""
     num_buckets = -(-batches[0].tokens.shape[1] // bucket)
-    nats, targets = torch.zeros(2, num_buckets, dtype=torch.float64, device=ranks.device)
-    for batch in batches:
+    sharing = engine.module.sequence_parallel
+    degree = sharing.degree if sharing else 1
+    groups = ranks.world_size // degree
+    # Of each row: nats and targets by bucket, and its checksum. A rank fills in what it has, and all are summed.
+    filled = torch.zeros(len(batches), groups, 2 * num_buckets + 1, dtype=torch.float64, device=ranks.device)
+    for own, batch in zip(filled[:, ranks.rank // degree], batches, strict=True):
+        own[-1] = zlib.crc32(batch.labels.numpy().tobytes()) / degree
         batch = batch.to(ranks.device)
         labels, positions = batch.labels.flatten(), batch.positions.flatten()
-        if sharing := engine.module.sequence_parallel:
+        if sharing:
             labels, positions = sharing.own_tokens(labels), sharing.own_tokens(positions)
         counted = labels != IGNORE
         number = positions[counted] // bucket
-        losses = engine.losses(batch)[counted].double()
-        nats += torch.bincount(number, losses, num_buckets)
-        targets += torch.bincount(number, minlength=num_buckets)
-    summed = sum_over_ranks([*nats.tolist(), *targets.tolist()], ranks.device)
-    pairs = list(zip(summed[:num_buckets], summed[num_buckets:], strict=True))
-    by_position = {index * bucket: loss / count for index, (loss, count) in enumerate(pairs) if count}
-    return sum(loss for loss, _ in pairs) / batches[0].step_targets, by_position
+        own[:num_buckets] = torch.bincount(number, engine.losses(batch)[counted].double(), num_buckets)
+        own[num_buckets:-1] = torch.bincount(number, minlength=num_buckets)
+    summed = np.array(sum_over_ranks(filled.flatten().tolist(), ranks.device)).reshape(len(batches) * groups, -1)
+    nats, targets = summed[:, :num_buckets], np.rint(summed[:, num_buckets:-1]).astype(np.int64)
+    is_row = targets.any(axis=1)  # what fills up has no targets
+    assert targets.sum() == batches[0].step_targets
+    checksums = [round(value) for value in summed[is_row, -1].tolist()]
+    return HeldoutLosses(bucket=bucket, nats=nats[is_row], targets=targets[is_row], checksums=checksums)
 
 
 AttentionSettings = dict[str, tuple[LayerAttention, ...]]

@@ -23,6 +23,8 @@ from configs.schema import ConfigError, RunConfig
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
+HELDOUT = "heldout_rows.json"
+"""Losses of each held-out row at the last evaluation."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What makes a run the run it is; everything else may change between two launches of it.
 IDENTITY = ("seed", "init_from", "model", "stages", "optim")

@@ -1,6 +1,8 @@
 """One optimizer step after the other: the place in the run, the stream, the counters, and what each step reports."""
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +17,13 @@ from model.transformer import Transformer
 from train.checkpoint import TrainingState
 from train.distributed import Ranks, gather_objects, sum_over_ranks
 from train.engine import Engine
-from train.evaluate import heldout_losses
+from train.evaluate import HeldoutLosses, heldout_losses
 from train.gates import by_layer, heldout_gates
 from train.gpus import peak_flops
 from train.memory import check_host_memory, stage_bytes
 from train.metrics import Metrics, memory_gib
 from train.optim import learning_rate
-from train.run_dir import git_state
+from train.run_dir import HELDOUT, git_state, write_atomically
 from train.stages import Place, place_of
 
 
@@ -129,20 +131,24 @@ class Trainer:
     def _switch(self, place: Place, metrics: Metrics) -> None:
         """Enters the next stage; the loss on either side of it is of the same held-out rows, those of the stage before."""
         rows = self._heldout
-        before, _ = self._losses(rows) if rows else (None, None)
+        before = self._losses(rows).loss if rows else None
         self._enter(place.stage, self.loader.state_dict())
-        after, _ = self._losses(rows) if rows else (None, None)
+        after = self._losses(rows).loss if rows else None
         metrics.event("switch", self.done, stage=place.stage.name, loss_before=before, loss_after=after)
 
     def evaluate(self, metrics: Metrics) -> float | None:
-        """Loss on the held-out rows, written as an `evaluation` event; None where evaluation is off."""
+        """Loss on the held-out rows, written as an `evaluation` event, and each row's as the newest HELDOUT; None where evaluation is
+        off."""
         if not self._heldout:
             return None
-        loss, by_position = self._losses(self._heldout)
-        metrics.event("evaluation", self.done, heldout_loss=loss, context=self.stage.seq_len, by_position=by_position)
-        return loss
+        found = self._losses(self._heldout)
+        if self.ranks.is_main:
+            text = json.dumps({"step": self.done, "context": self.stage.seq_len, **found.to_mapping()})
+            write_atomically(Path(self.run.run_dir) / HELDOUT, f"{text}\n")
+        metrics.event("evaluation", self.done, heldout_loss=found.loss, context=self.stage.seq_len, by_position=found.by_position)
+        return found.loss
 
-    def _losses(self, rows: list[Batch]) -> tuple[float, dict[int, float]]:
+    def _losses(self, rows: list[Batch]) -> HeldoutLosses:
         return heldout_losses(self.engine, rows, self.ranks, bucket=self.run.evaluation.position_bucket)
 
     def measure_gates(self, metrics: Metrics) -> None:

@@ -12,7 +12,7 @@ from configs.schema import Compute
 from scripts.figures import marker, plain, save, style
 from scripts.scaling.laws import CONFIDENCE, Interval, Law
 from scripts.scaling.published import published
-from scripts.scaling.study import ALL, Row, Study, compute_of
+from scripts.scaling.study import ALL, Row, Study, compute_of, without_partner
 from scripts.sweeps.results import position
 from train.plan_report import short
 from train.report import table
@@ -29,6 +29,7 @@ def markdown(study: Study) -> str:
         f"{law}, L in nats a token on held-out rows of {study.context:,} tokens, C in PFLOP/s-days ({compute}). Huber's loss on log L "
         f"from {config.huber:g} on; intervals are of {CONFIDENCE:.0%}: standard errors of {config.resamples:,} bootstrap fits, times "
         f"Student's t. {len(rows)} runs on {_all(rows, 'device')}; commits {_all(rows, 'git')}.",
+        *(f"Missing: {lacking}." for lacking in without_partner(study.rows)),
         "![Scaling laws](fit.png)",
         "## Laws",
         _laws(study),

@@ -1,6 +1,6 @@
 """What a results file says: a law for each arm and range of positions, the largest size foretold, and what one arm costs over another."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import numpy as np
 from configs.mapping import nearest
 from configs.schema import Compute, ConfigError, FitConfig
 from scripts.scaling.laws import PFLOP_S_DAY, Fit, Interval, fit, interval, mean, num_parameters
-from scripts.sweeps.results import POSITION, position, read
+from scripts.sweeps.results import FILE, POSITION, position, read
 
 Row = dict[str, str]
 ALL = "heldout_loss"
@@ -90,24 +90,47 @@ def compute_of(config: FitConfig, row: Row) -> float:
     return float(row["flops_6nd" if config.compute is Compute.SIX_ND else "flops_executed"]) / PFLOP_S_DAY
 
 
-def _arms(config: FitConfig) -> dict[str, list[Row]]:
-    path = Path(config.results)
+def read_arms(results: str, arms: Sequence[str]) -> dict[str, list[Row]]:
+    """The runs of each arm by compute, of those that are named or of all, full first.
+
+    Raises ConfigError for a file that is none or holds no such arm."""
+    path = Path(results)
+    if path.is_dir():
+        raise ConfigError(f"results={results}: is a folder; name its file, results={path / FILE}")
     if not path.is_file():
-        raise ConfigError(f"results={config.results}: no such file; python -m scripts.sweep writes results.csv into its sweep_dir")
+        raise ConfigError(f"results={results}: no such file; python -m scripts.sweep writes results.csv into its sweep_dir")
     rows = read(path)
     if not rows:
-        raise ConfigError(f"results={config.results}: holds no finished job")
+        raise ConfigError(f"results={results}: holds no finished job")
     present = sorted({row["arm"] for row in rows}, key=lambda arm: (arm != "full", arm))
-    needed = num_parameters(config.offset) + 1
-    chosen: dict[str, list[Row]] = {}
-    for index, arm in enumerate(config.arms or present):
+    for index, arm in enumerate(arms):
         if arm not in present:
-            raise ConfigError(f"arms.{index}={arm}: {config.results} has no such arm{nearest(arm, present)}; it has {'; '.join(present)}")
-        chosen[arm] = sorted((row for row in rows if row["arm"] == arm), key=lambda row: int(row["flops_6nd"]))
-        sizes = len({row["flops_6nd"] for row in chosen[arm]})
+            raise ConfigError(f"arms.{index}={arm}: {results} has no such arm{nearest(arm, present)}; it has {'; '.join(present)}")
+    return {arm: sorted((row for row in rows if row["arm"] == arm), key=lambda row: int(row["flops_6nd"])) for arm in arms or present}
+
+
+def without_partner(rows: Mapping[str, Sequence[Row]]) -> list[str]:
+    """The runs that one arm has and another lacks, in words: `moba(512, 3) lacks law_66m, 263,061,504 tokens, seed 0`."""
+    all_keys = {_pair_key(row): row for part in rows.values() for row in part}
+    found = []
+    for arm, part in rows.items():
+        own = {_pair_key(row) for row in part}
+        lacking = [row for key, row in all_keys.items() if key not in own]
+        found += [f"{arm} lacks {row['model']}, {int(row['tokens']):,} tokens, lr {row['lr']}, seed {row['seed']}" for row in lacking]
+    return found
+
+
+def _arms(config: FitConfig) -> dict[str, list[Row]]:
+    chosen = read_arms(config.results, config.arms)
+    needed = num_parameters(config.offset) + 1
+    for arm, part in chosen.items():
+        sizes = len({row["flops_6nd"] for row in part})
         if sizes < needed:
             law = "L = e + a·C^b" if config.offset else "L = a·C^b"
-            raise ConfigError(f"results={config.results}: arm {arm} has runs of {sizes} sizes, and a fit of {law} needs {needed}")
+            raise ConfigError(
+                f"results={config.results}: arm {arm} has runs of {sizes} sizes, and a fit of {law} needs {needed}; "
+                "python -m scripts.compare has gaps at one size"
+            )
     return chosen
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from configs.registry import compose
 from configs.schema import ConfigError, RunConfig, SweepConfig
 from data.shards import Corpus
 from scripts.program import quoted
-from scripts.sweeps.multirun import combinations, is_interval, searched
+from scripts.sweeps.multirun import combinations, first_value, is_interval, searched
 from train.run_dir import IDENTITY
 from train.trainer import check_heldout, check_mixes
 
@@ -59,8 +59,18 @@ def search_space(config: SweepConfig) -> dict[str, str]:
 def make_trial(config: SweepConfig, space: Sequence[str], values: Sequence[str]) -> Job:
     """The job of a search that has `values` for the keys of `space`. Raises ConfigError."""
     given = [f"{key}={value}" for key, value in zip(space, values, strict=True)]
-    (job,) = _make(config, combinations([*_grids(config)[0], *given]), label="-".join(map(_word, given)))
+    (job,) = _make(config, combinations([*_grids(config)[0], *given]), label=trial_label(space, values))
     return job
+
+
+def trial_label(space: Sequence[str], values: Sequence[str]) -> str:
+    """The name of a trial without its key: what it has chosen."""
+    return "-".join(_word(f"{key}={value}") for key, value in zip(space, values, strict=True))
+
+
+def first_trial(config: SweepConfig, space: Mapping[str, str]) -> Job:
+    """A trial with the first of the values that each key may have, to be checked before the search begins. Raises ConfigError."""
+    return make_trial(config, list(space), [first_value(f"{key}={text}") for key, text in space.items()])
 
 
 def _grids(config: SweepConfig) -> list[list[str]]:

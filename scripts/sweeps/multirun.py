@@ -9,7 +9,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -41,6 +41,13 @@ def searched(settings: Sequence[str]) -> dict[str, str]:
 def _by_key(settings: Sequence[str]) -> dict[str, Override]:
     parsed = [_parse(text) for text in settings]
     return {override.get_key_element(): override for override in parsed}
+
+
+def first_value(text: str) -> str:
+    """Of the values that a setting of several has, the first; of an interval, its low end."""
+    override = _parse(text)
+    value = override.value()
+    return str(value.start) if isinstance(value, IntervalSweep) else next(iter(override.sweep_string_iterator()))
 
 
 def is_interval(text: str) -> bool:

@@ -3,6 +3,8 @@
 import csv
 import fcntl
 import io
+import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from scripts.figures import read_metrics
 from scripts.sweeps.jobs import Job
 from train.evaluate import attention_label
 from train.metrics import FILE as METRICS
-from train.run_dir import git_state, write_atomically
+from train.run_dir import HELDOUT, git_state, write_atomically
 
 FILE = "results.csv"
 COLUMNS = (
@@ -25,6 +27,12 @@ COLUMNS = (
 )  # fmt: skip
 POSITION = "loss_from_"
 """Prefix of the columns of held-out loss by position, before the bucket's first position."""
+ROWS = "heldout_rows"
+"""The last column: losses of each held-out row as JSON, for gaps with intervals; empty where a run has not kept them."""
+_NUMBERS = dict.fromkeys(
+    ("non_embedding", "parameters", "tokens", "seed", "context", "batch_tokens", "flops_6nd", "flops_executed"), int
+) | (dict.fromkeys(("epochs", "lr", "train_loss", "heldout_loss", "trailing_loss", "tokens_per_second", "seconds"), float))
+_REQUIRED = frozenset(_NUMBERS) - {"trailing_loss"}
 _LAST_STEPS = 20  # whose mean is the training loss at the end
 
 
@@ -44,7 +52,20 @@ def read(path: Path) -> list[dict[str, str]]:
     damaged = next((number for number, row in enumerate(rows, start=2) if None in row or None in row.values()), None)
     if damaged:
         raise ConfigError(f"{path}: line {damaged} does not have as many values as the header")
-    return rows
+    for number, row in enumerate(rows, start=2):
+        row.setdefault(ROWS, "")  # results of before runs kept them
+        _check_numbers(path, number, row)
+    return list({row["key"]: row for row in rows}.values())  # of a job that is there twice, as in files that were joined, the last
+
+
+def _check_numbers(path: Path, line: int, row: dict[str, str]) -> None:
+    for name in (*_NUMBERS, *(name for name in row if name.startswith(POSITION))):
+        try:
+            fits = not row[name] or math.isfinite(_NUMBERS.get(name, float)(row[name]))
+        except ValueError:
+            fits = False
+        if not fits or (name in _REQUIRED and not row[name]):
+            raise ConfigError(f"{path}: line {line} has {row[name]!r} in the column {name}, which is of numbers")
 
 
 def add(path: Path, row: dict[str, Any]) -> None:
@@ -53,7 +74,7 @@ def add(path: Path, row: dict[str, Any]) -> None:
     with path.with_name(f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         rows = [old for old in read(path) if old["key"] != row["key"]] + [row]
-        columns = [*COLUMNS, *sorted({name for each in rows for name in each if name.startswith(POSITION)}, key=position)]
+        columns = [*COLUMNS, *sorted({name for each in rows for name in each if name.startswith(POSITION)}, key=position), ROWS]
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         writer.writeheader()
@@ -106,7 +127,14 @@ def collect(job: Job, device: str) -> dict[str, Any]:
         "device": device,
         "run_dir": run.run_dir,
         "git": f"{git['commit']}{'+' if git['dirty'] else ''}",
+        ROWS: _heldout_rows(Path(run.run_dir) / HELDOUT, run.last_step),
     } | {f"{POSITION}{low}": loss for low, loss in by_position.items()}
+
+
+def _heldout_rows(file: Path, last_step: int) -> str:
+    """What a run has kept of its last evaluation, on one line; nothing where it was trained before runs did."""
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    return json.dumps(kept, separators=(",", ":")) if kept.get("step") == last_step else ""
 
 
 def arm(run: RunConfig) -> str:

@@ -18,7 +18,7 @@ from scripts.figures import read_metrics
 from scripts.launching import is_locked
 from scripts.sweeps.jobs import Job
 from scripts.sweeps.results import FILE, read
-from scripts.sweeps.task import error_file, log_file
+from scripts.sweeps.task import error_file, log_file, trials_file
 from train.metrics import FILE as METRICS
 
 _EVERY_SECONDS = 2
@@ -72,9 +72,10 @@ class JobTable:
         self._thread.join()
 
     def states(self) -> dict[str, State]:
-        """Of all jobs; those of a search are known by what they have written."""
+        """Of all jobs; those of a search as it chooses them."""
         rows = {self._keys.get(row["key"], row["job"]): row for row in read(Path(self._config.sweep_dir) / FILE)}
-        names = list(self._steps) or sorted(path.stem for path in Path(self._config.sweep_dir).glob("*.log"))
+        chosen = trials_file(self._config)
+        names = list(self._steps) or list(dict.fromkeys(chosen.read_text().splitlines() if chosen.exists() else []))
         return {name: state_of(self._config, name, rows) for name in names}
 
     def _watch(self) -> None:

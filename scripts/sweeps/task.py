@@ -14,7 +14,7 @@ import torch
 from configs.registry import REPOSITORY
 from configs.schema import ConfigError, Device, SweepConfig, SweepLauncher
 from scripts.launching import deepspeed_command, last_error, lock_log, start, stop, wait_for_heirs
-from scripts.sweeps.jobs import Job, make_trial
+from scripts.sweeps.jobs import Job, make_trial, trial_label
 from scripts.sweeps.results import FILE, add, collect, read
 from train.run_dir import describe_launch, is_trained, write_atomically
 
@@ -31,6 +31,11 @@ def error_file(config: SweepConfig, job: str) -> Path:
     return Path(config.sweep_dir) / f"{job}.error"
 
 
+def trials_file(config: SweepConfig) -> Path:
+    """The names of the jobs that the search has chosen since it was started, a line each; some twice."""
+    return Path(config.sweep_dir) / ".trials"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """What a launcher calls with the texts of its values: a job's number, or what optuna chose for each key of `space`."""
@@ -42,14 +47,22 @@ class Task:
     def __call__(self, values: list[str]) -> float:
         """The held-out loss of the job; infinite where it failed, which is told in `error_file` and stops no other job."""
         os.chdir(REPOSITORY)
-        job = make_trial(self.config, self.space, values) if self.space else self.jobs[int(values[0])]
-        error = error_file(self.config, job.name)
+        name = trial_label(self.space, values) if self.space else self.jobs[int(values[0])].name
         try:
-            error.unlink(missing_ok=True)
+            job = make_trial(self.config, self.space, values) if self.space else self.jobs[int(values[0])]
+            name = job.name
+            self._note(name)
+            error_file(self.config, name).unlink(missing_ok=True)
             return run_job(self.config, job)
         except (ConfigError, OSError) as failure:
-            write_atomically(error, f"{failure}\n")
+            self._note(name)
+            write_atomically(error_file(self.config, name), f"{failure}\n")
             return float("inf")
+
+    def _note(self, name: str) -> None:
+        if self.space:
+            with trials_file(self.config).open("a") as file:
+                file.write(f"{name}\n")
 
 
 def run_job(config: SweepConfig, job: Job) -> float:

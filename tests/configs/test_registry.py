@@ -15,6 +15,7 @@ from configs.registry import CONFIG_DIR, compose
 from configs.schema import (
     AttentionConfig,
     BenchmarkConfig,
+    CompareConfig,
     ConfigError,
     DataBenchmarkConfig,
     EvaluateConfig,
@@ -94,6 +95,7 @@ def test_every_root_composes():
     assert compose(BenchmarkConfig, config_name="benchmark").output_dir == "outputs/benchmark"
     assert compose(DataBenchmarkConfig, config_name="benchmark_data").documents == 10_000_000
     assert compose(SweepConfig, config_name="sweep", overrides=["sweep=timewise"]).sweep_dir == "outputs/sweeps/timewise"
+    assert compose(CompareConfig, config_name="compare", overrides=["results=x"]).resamples == 2000
     assert compose(FitConfig, config_name="fit", overrides=["results=x"]).results == "x"
     assert compose(LayerBenchmarkConfig, config_name="benchmark_layers").model.vocab_size == 128256
 

@@ -465,3 +465,17 @@ def test_figures_take_single_points_infinite_values_and_cut_files(tmp_path):
     plot_losses(tmp_path / "c.png", {"run": tmp_path / "metrics.jsonl", "begun": tmp_path / "empty.jsonl"})
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in "abc")
     assert [short_count(n) for n in (1, 512, 1024, 1536, 131072, 1 << 20)] == ["1", "512", "1K", "1536", "128K", "1M"]
+
+
+def test_figures_of_an_earlier_evaluation_do_not_stay(tmp_path, monkeypatch):
+    for name in ("needle.png", "gates.png", "position.png", "mine.png"):
+        (tmp_path / name).write_bytes(b"of before")
+    monkeypatch.setattr(door, "markdown", lambda report: "text")
+    door._write(tmp_path, {"retrieval": [], "gates": [], "results": []})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "evaluation.md", "mine.png"]
+
+
+def test_parts_that_take_one_process_are_refused_to_several():
+    config = compose(EvaluateConfig, config_name="evaluate", overrides=["checkpoint=x", "suite=long"])
+    with pytest.raises(ConfigError, match=r"^suite.parts=retrieval,gates: runs in one process; the 2 ranks of this launch share documents"):
+        door._check_sharing(config, compose(RunConfig, config_name="train"), Ranks(rank=0, world_size=2, device=torch.device("cpu")))

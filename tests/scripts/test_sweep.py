@@ -29,6 +29,7 @@ from scripts.sweeps.costs import plan_of
 from scripts.sweeps.jobs import Job, make_jobs
 from scripts.sweeps.results import COLUMNS, arm, read
 from scripts.sweeps.table import JobTable
+from scripts.sweeps.task import trials_file
 from tests.scripts.test_quickstart import still_running
 from tests.train.helpers import environment, steps
 
@@ -233,12 +234,13 @@ def test_jobs_are_run_once_and_their_rows_have_all_that_a_fit_needs(folder, corp
     assert [one["job"] for one in launches(folder)] == ["full-seed0", "full-seed1", "moba-seed0", "moba-seed1"]
     with (folder / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == [*COLUMNS, "loss_from_0", "loss_from_64"]
+    assert list(rows[0]) == [*COLUMNS, "loss_from_0", "loss_from_64", "heldout_rows"]
     row = next(row for row in rows if row["job"].startswith("moba-seed1"))
     expected = {"arm": "moba(64, 3)", "model": "tiny", "seed": "1", "context": "512", "block_size": "64", "topk": "3", "lr": "0.004"}
     expected |= {"tokens": "49152", "flops_executed": str(12 * 2 * 10**6), "tokens_per_second": "100.0", "seconds": "24.0"}
     expected |= {"batch_tokens": "4096", "epochs": "0.1", "heldout_loss": "6.1", "loss_from_64": "6.0", "train_loss": str(7 - 6.5 / 12)}
     assert {key: row[key] for key in expected} == expected
+    assert json.loads(row["heldout_rows"])["checksums"] == [7, 8]
     assert int(row["flops_6nd"]) == 6 * int(row["non_embedding"]) * 49152 and Path(row["run_dir"]).is_dir()
     run(monkeypatch, *arguments(folder, corpus))
     assert len(launches(folder)) == 4 and "4 jobs done" in capsys.readouterr().out
@@ -264,6 +266,7 @@ def test_a_job_that_fails_stops_no_other_and_is_named(folder, corpus, monkeypatc
     assert told[-2] == "1 of 4 jobs failed:" and told[-1].startswith("full-seed1-") and told[-1].endswith(": stages.0: [cannot] be")
     assert sum("training" in line for line in told) >= 1 and sum(line.endswith(" done held-out loss 6.1000") for line in told) == 3
     config = config_of(*[word for word in words if word.partition("=")[0] in ("sweep", "sweep_dir")])
+    trials_file(config).write_text("\n".join(path.stem for path in folder.glob("*.log")))
     with Console(width=120, file=io.StringIO(), record=True) as console:
         table = JobTable(config, [])
         console.print(table._table(table.states()))
@@ -362,6 +365,33 @@ def test_interrupted_it_ends_its_trainer_and_says_how_to_go_on(folder, corpus):
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 128 + signal.SIGTERM
     assert still_running(folder) == [] and len(read(folder / "results.csv")) == 1
+
+
+SEARCH = ["attention.rule=full", "seed=0", "trials=2", "optim.lr=tag(log,interval(1e-4,1e-1))"]
+
+
+@pytest.mark.parametrize("words", [["model.hiden_size=3"], ["data.prepared_dir=/nowhere"], ["optim.lr=interval(-1,1)"]])
+def test_a_search_is_checked_before_its_first_job(folder, corpus, monkeypatch, capsys, words):
+    for more in (words, [*words, "--dry-run"]):
+        if more[0].startswith("data.") and "--dry-run" in more:
+            continue  # which asks for no corpus
+        with pytest.raises(SystemExit) as ended:
+            run(monkeypatch, *arguments(folder, corpus, *SEARCH, *more))
+        assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+    assert list(folder.iterdir()) == []
+
+
+def test_a_search_counts_no_job_of_an_earlier_one(folder, corpus, monkeypatch, capsys):
+    (folder / "another-123456.log").write_text("of another search")
+    run(monkeypatch, *arguments(folder, corpus, *SEARCH))
+    assert capsys.readouterr().out.splitlines()[0] == "2 jobs done"
+
+
+def test_a_folder_that_is_a_file_is_refused(folder, corpus, monkeypatch, capsys):
+    (folder / "file").write_text("")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *arguments(folder, corpus, f"sweep_dir={folder / 'file'}"))
+    assert capsys.readouterr().err == f"error: sweep_dir={folder / 'file'}: is a file; a sweep needs a folder\n"
 
 
 @pytest.mark.slow

@@ -1,0 +1,165 @@
+"""What one arm costs over another where all else is equal: gaps on the same held-out rows, their intervals by paired bootstrap.
+
+Rows are drawn with replacement, the same ones for both arms, so that what makes a row hard for both falls out of the gap. The interval is
+of the text: another training differs by its seed too, whose spread is said beside it where there are several.
+"""
+
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from configs.schema import CompareConfig, ConfigError
+from scripts.scaling.laws import CONFIDENCE, Interval
+from scripts.scaling.study import Row, read_arms, without_partner
+from scripts.sweeps.results import ROWS
+
+SETTING = ("model", "context", "tokens", "batch_tokens", "lr")
+"""Columns that runs have in common to be compared; seeds are compared each with the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedGap:
+    """Loss of the first arm minus another's in nats a token, a mean over seeds: negative where the first is better."""
+
+    arm: str
+    seeds: Sequence[str]
+    by_seed: Sequence[float]
+    whole: Interval
+    """Without an interval, all numbers, where a run has kept no rows."""
+    by_position: Mapping[int, Interval]
+    """By the first position of a range; empty where a run has kept no rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Runs that differ in arm and seed alone."""
+
+    setting: Mapping[str, str]
+    reference: str
+    losses: Mapping[str, float]
+    """Mean held-out loss of each arm over its seeds, the reference first."""
+    gaps: Sequence[PairedGap]
+    num_rows: int
+    """Held-out rows that were drawn from; 0 where a run has kept none."""
+    bucket: int
+    """Tokens in a range of positions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All that a report shows."""
+
+    config: CompareConfig
+    groups: Sequence[Group]
+    missing: Sequence[str]
+    """Runs that one arm has and another lacks, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """The held-out rows of one run: nats and targets [rows, buckets]."""
+
+    bucket: int
+    checksums: Sequence[int]
+    nats: np.ndarray
+    targets: np.ndarray
+
+
+def compare(config: CompareConfig) -> Comparison:
+    """Compares all that can be. Raises ConfigError where there are not two arms, no two runs differ in nothing else, or held-out rows
+    are not the same text."""
+    rows = read_arms(config.results, config.arms)
+    if len(rows) < 2:
+        raise ConfigError(f"results={config.results}: has one arm alone, {next(iter(rows))}, and nothing to compare it with")
+    generator = np.random.default_rng(config.seed)
+    settings: dict[tuple[str, ...], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for arm, part in rows.items():
+        for row in part:
+            settings[tuple(row[name] for name in SETTING)][arm].append(row)
+    reference = next(iter(rows))
+    groups = [_group(config, setting, arms, reference, generator) for setting, arms in settings.items() if reference in arms]
+    groups = [group for group in groups if group.gaps]
+    if not groups:
+        raise ConfigError(f"results={config.results}: no run of {reference} has one of another arm of its {', '.join(SETTING)} and seed")
+    return Comparison(config=config, groups=groups, missing=without_partner(rows))
+
+
+def _group(
+    config: CompareConfig, setting: tuple[str, ...], arms: Mapping[str, list[Row]], reference: str, generator: np.random.Generator
+) -> Group:
+    kept = {row["key"]: found for part in arms.values() for row in part if (found := _kept(config, row))}
+    _check_same(config, [row for part in arms.values() for row in part], kept)
+    first = next(iter(kept.values()), None)
+    # How often each row is drawn [resamples, rows]: the same for all arms and ranges.
+    size = len(first.nats) if first else 0
+    draws = generator.multinomial(size, np.full(size, 1 / size), config.resamples) if first else np.zeros((0, 0))
+    gaps = []
+    for arm, part in arms.items():
+        partners = {row["seed"]: row for row in arms[reference]}
+        pairs = [(partners[row["seed"]], row) for row in part if row["seed"] in partners]
+        if arm != reference and pairs:
+            gaps.append(_gap(arm, pairs, kept, draws))
+    return Group(
+        setting=dict(zip(SETTING, setting, strict=True)),
+        reference=reference,
+        losses={arm: float(np.mean([float(row["heldout_loss"]) for row in part])) for arm, part in arms.items()},
+        gaps=gaps,
+        num_rows=size,
+        bucket=first.bucket if first else 0,
+    )
+
+
+def _gap(arm: str, pairs: Sequence[tuple[Row, Row]], kept: Mapping[str, _Kept], draws: np.ndarray) -> PairedGap:
+    by_seed = [float(theirs["heldout_loss"]) - float(ours["heldout_loss"]) for theirs, ours in pairs]
+    whole = Interval(value=float(np.mean(by_seed)), low=-np.inf, high=np.inf)
+    by_position: dict[int, Interval] = {}
+    if all(row["key"] in kept for pair in pairs for row in pair):
+        targets = kept[pairs[0][0]["key"]].targets
+        apart = np.mean([kept[theirs["key"]].nats - kept[ours["key"]].nats for theirs, ours in pairs], axis=0)
+        whole = _interval(apart.sum(axis=1), targets.sum(axis=1), draws)
+        bucket = kept[pairs[0][0]["key"]].bucket
+        columns = [index for index in range(targets.shape[1]) if targets[:, index].any()]
+        by_position = {index * bucket: _interval(apart[:, index], targets[:, index], draws) for index in columns}
+    return PairedGap(arm=arm, seeds=[ours["seed"] for _, ours in pairs], by_seed=by_seed, whole=whole, by_position=by_position)
+
+
+def _interval(apart: np.ndarray, targets: np.ndarray, draws: np.ndarray) -> Interval:
+    """Of nats apart [rows] over `targets` [rows]. A draw without a target, of a range that few rows reach, says nothing and is left out."""
+    counts = draws @ targets
+    drawn = (draws @ apart)[counts > 0] / counts[counts > 0]
+    low, high = np.quantile(drawn, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
+    return Interval(value=float(apart.sum() / targets.sum()), low=float(low), high=float(high))
+
+
+def _kept(config: CompareConfig, row: Row) -> _Kept | None:
+    if not row[ROWS]:
+        return None
+    try:
+        found = json.loads(row[ROWS])
+        kept = _Kept(
+            bucket=int(found["position_bucket"]),
+            checksums=[int(value) for value in found["checksums"]],
+            nats=np.array(found["nats"], dtype=float),
+            targets=np.array(found["targets"], dtype=int),
+        )
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"results={config.results}: {ROWS} of job {row['job']} is damaged; empty it to do without") from None
+    if not kept.nats.ndim == 2 or kept.nats.shape != kept.targets.shape or len(kept.nats) != len(kept.checksums):
+        raise ConfigError(f"results={config.results}: {ROWS} of job {row['job']} is damaged; empty it to do without")
+    return kept
+
+
+def _check_same(config: CompareConfig, rows: Sequence[Row], kept: Mapping[str, _Kept]) -> None:
+    """Raises ConfigError where two runs were evaluated on other rows than each other."""
+    with_rows = [row for row in rows if row["key"] in kept]
+    for first, row in itertools.pairwise(with_rows):
+        one, other = kept[first["key"]], kept[row["key"]]
+        if list(one.checksums) != list(other.checksums) or one.bucket != other.bucket or (one.targets != other.targets).any():
+            raise ConfigError(
+                f"results={config.results}: jobs {first['job']} and {row['job']} were evaluated on other held-out rows than each other; "
+                "train both on one prepared corpus, with the same evaluation.rows and evaluation.position_bucket"
+            )
