@@ -119,6 +119,8 @@ def train(config: TrainBenchmarkConfig) -> None:
     folder, facts = _make_folder(config.output_dir, "output_dir"), {"torch": torch.__version__, **_date_and_command("train")}
     results = train_benchmark(config, folder, facts)
     show("\n\n".join([training_report.markdown(results, facts), "\n".join(str(folder / name) for name in training_report.FILES)]))
+    if any(result.has_failed for result in results):
+        raise SystemExit(1)
 
 
 @command(EqualityBenchmarkConfig, config_name="benchmark_equality")
