@@ -1285,6 +1285,50 @@ class TrainBenchmarkConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayoutConfig:
+    """How a training lies on ranks, which changes nothing of what it learns."""
+
+    num_ranks: int = 1
+    """Ranks, one a GPU (or gloo ranks on a CPU)."""
+    zero_stage: int = 1
+    """0 to 3."""
+    sequence_parallel: int = 1
+    """Ranks that share rows."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "num_ranks", "sequence_parallel")
+        _require(self.zero_stage in range(4), "zero_stage", self.zero_stage, "must be 0, 1, 2 or 3")
+
+    def __str__(self) -> str:
+        ranks = f"{self.num_ranks} rank{'s' if self.num_ranks > 1 else ''}"
+        shared = f", SP {self.sequence_parallel}" if self.sequence_parallel > 1 else ""
+        return f"{ranks}, ZeRO {self.zero_stage}{shared}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EqualityBenchmarkConfig:
+    """`scripts.benchmark equality`: one training under several layouts, each a launch of train.main through the deepspeed CLI."""
+
+    settings: tuple[str, ...] = ()
+    """key=value of train.main: the run, but for its layout, its folder and its evaluations."""
+    layouts: tuple[LayoutConfig, ...] = (LayoutConfig(), LayoutConfig(num_ranks=2), LayoutConfig(num_ranks=2, sequence_parallel=2))
+    """The others are set against the first, which is trained twice, the second time with micro-batches of other sizes: what it then
+    differs by is rounding."""
+    elastic: tuple[LayoutConfig, ...] = ()
+    """Layouts of the launches of one more training, all but the last of which end by SIGKILL; empty: none is killed."""
+    steps: int = 20
+    """Steps of each training."""
+    output_dir: str = "outputs/benchmark"
+    """Folder of equality.md and equality.csv, and of what each training left behind, in equality/."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.layouts) > 0, "layouts", "[]", "must hold at least one")
+        _at_least(self, 1, "steps")
+        _require(len(self.elastic) != 1, "elastic", "one layout", "must hold at least two, since each but the last is killed, or none")
+        _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerBenchmarkConfig:
     """`scripts.benchmark layers`: the parts of a layer beside attention, and the loss, in all ways that compute them, in bf16."""
 

@@ -1,4 +1,5 @@
-"""Measure kernels, `python -m scripts.benchmark attention` and `layers`, training, `... train`, or the data pipeline, `... data`.
+"""Measure kernels, `python -m scripts.benchmark attention` and `layers`, training, `... train`, whether its layouts
+agree, `... equality`, or the data pipeline, `... data`.
 
 Attention:
     lengths=[8192,32768] settings=[[128,8],[512,3]]   tokens in a call; MoBA settings, each [block_size, topk]
@@ -27,6 +28,14 @@ Train:
 Tokens/s, MFU, peak memory, recompilations and data wait of training steps, each case in processes of its own; one that runs out of
 memory is said to. Prints Markdown; writes train.md, train.csv and train.png into output_dir, anew after every case.
 
+Equality:
+    settings=["model=llama_1b9","data=bundled"]                what is trained, as train.main is told it
+    layouts=[{num_ranks: 1},{num_ranks: 2, zero_stage: 3},{num_ranks: 2, sequence_parallel: 2}]
+    elastic=[{num_ranks: 2},{num_ranks: 1},{num_ranks: 2}]     launches of one more run, of which all but the last are killed
+
+Losses and gradient norms of 20 steps under each layout beside the first's and beside what rounding alone does; whether they read the same
+rows. Prints Markdown; writes equality.md and equality.csv into output_dir; the exit status is 1 where a training fails or reads other rows.
+
 Data:
     rows=[preparing,opening,packing,loading]          what is measured; all of it by default
     text_bytes=60e6 documents=1e7 num_workers=0       how much text is prepared, documents of the corpus that is opened; processes
@@ -54,6 +63,7 @@ from configs.schema import (
     BenchmarkConfig,
     ConfigError,
     DataBenchmarkConfig,
+    EqualityBenchmarkConfig,
     KernelInputs,
     LayerBenchmarkConfig,
     ModelConfig,
@@ -69,6 +79,7 @@ from scripts.data_benchmark.rows import MEASURES
 from scripts.figures import plot_over_lengths
 from scripts.layer_benchmark.rows import measure as measure_layers
 from scripts.program import run
+from scripts.training_benchmark import equality as layouts
 from scripts.training_benchmark import report as training_report
 from scripts.training_benchmark.program import train_benchmark
 from train.distributed import choose_device
@@ -108,6 +119,20 @@ def train(config: TrainBenchmarkConfig) -> None:
     folder, facts = _make_folder(config.output_dir, "output_dir"), {"torch": torch.__version__, **_date_and_command("train")}
     results = train_benchmark(config, folder, facts)
     show("\n\n".join([training_report.markdown(results, facts), "\n".join(str(folder / name) for name in training_report.FILES)]))
+    if any(result.has_failed for result in results):
+        raise SystemExit(1)
+
+
+@command(EqualityBenchmarkConfig, config_name="benchmark_equality")
+def equality(config: EqualityBenchmarkConfig) -> None:
+    """Trains under layout after layout, keeps the files up to date, and prints the report."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    facts = {"torch": torch.__version__, "device": device, **_date_and_command("equality")}
+    folder = _make_folder(config.output_dir, "output_dir")
+    results = layouts.equality_benchmark(config, folder, facts)
+    show("\n\n".join([layouts.markdown(results, facts), "\n".join(str(folder / name) for name in layouts.FILES)]))
+    if any(layouts.is_wrong(result, results[0]) for result in results):
+        raise SystemExit(1)
 
 
 @command(LayerBenchmarkConfig, config_name="benchmark_layers")
@@ -216,7 +241,7 @@ def _write(folder: Path, results: Sequence[Result]) -> None:
         raise
 
 
-COMMANDS = {"attention": attention, "layers": layers, "train": train, "data": data}
+COMMANDS = {"attention": attention, "layers": layers, "train": train, "equality": equality, "data": data}
 
 if __name__ == "__main__":
     run(main, interrupted="the rows that were finished are in output_dir")

@@ -21,6 +21,7 @@ from scripts.training_benchmark.steps import CASE_FILE
 from train.metrics import FILE
 
 LOG_FILE = "log.txt"
+_OUT_OF_MEMORY, _NOT_INSTALLED = "out of memory", "not installed"
 _PROGRAM = "scripts.training_benchmark.steps"
 
 
@@ -35,6 +36,11 @@ class Result:
     """Metrics of each step that was taken."""
     end: dict[str, Any] = field(default_factory=dict)
     """What the process said of itself and its machine in the end."""
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it ended by what is no result: too little memory is one, and so is a program that is not installed."""
+        return bool(self.problem) and self.problem.partition(":")[0] not in (_OUT_OF_MEMORY, _NOT_INSTALLED)
 
     @property
     def steps(self) -> tuple[dict[str, Any], ...]:
@@ -70,7 +76,7 @@ def measure(case: Case, folder: Path, scratch: Path) -> Result:
     Whatever ends its processes is the result's `problem`; the steps that were taken until then are kept.
     """
     if case.row is TrainingRow.TRANSFORMERS and not is_installed():
-        return Result(case=case, problem="not installed")
+        return Result(case=case, problem=_NOT_INSTALLED)
     run, stage = case.run, case.stage
     if not run.real_data:
         corpus = scratch / f"rows-of-{stage.seq_len}"
@@ -107,9 +113,9 @@ def _problem(status: int, log: str) -> str:
     """One line for what ended a case, in few words and, after a colon, more: memory, its own error, a signal, a traceback's end."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     for line in lines:
-        before, found, more = line.partition("out of memory")
+        before, found, more = line.partition(_OUT_OF_MEMORY)
         if found:
-            return f"out of memory: {more.strip('. ').partition('. ')[0] or before.rstrip(': ')}"
+            return f"{_OUT_OF_MEMORY}: {more.strip('. ').partition('. ')[0] or before.rstrip(': ')}"
         if line.startswith("error: "):
             return f"refused: {line.removeprefix('error: ')}"
     if status < 0:

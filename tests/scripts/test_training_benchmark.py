@@ -198,6 +198,23 @@ def test_a_case_whose_processes_fail_is_a_row(tmp_path, monkeypatch):
     assert len(list(csv.DictReader(to_csv([found], FACTS).splitlines()))) == 1 and series([found]) == {}
 
 
+@pytest.mark.parametrize(
+    ("problem", "failed"),
+    [("", False), ("out of memory: Tried 2 GiB", False), ("not installed", False), ("refused: x", True), ("ended by SIGKILL", True)],
+)
+def test_the_status_is_1_where_a_case_failed_and_memory_is_a_result(tmp_path, monkeypatch, capsys, problem, failed):
+    case = all_cases(config("lengths=[64]"))[0]
+    monkeypatch.setattr(door, "train_benchmark", lambda *_: [result(case, [1] * 7, problem=problem)])
+    monkeypatch.setattr(sys, "argv", ["benchmark", "train", "model=tiny", "device=cpu", f"output_dir={tmp_path}"])
+    if failed:
+        with pytest.raises(SystemExit) as end:
+            door.main()
+        assert end.value.code == 1
+    else:
+        door.main()
+    assert "# Training on" in capsys.readouterr().out
+
+
 # --- the steps -------------------------------------------------------------------------------------------------------------------------
 
 
