@@ -10,7 +10,7 @@ Shape letters: P ranks of the group, N tokens of the packed rows, n = N / P of o
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from configs.schema import ModelConfig
 
@@ -56,25 +56,35 @@ class SequenceParallel:
 
     def _to_heads(self, x: Tensor) -> Tensor:
         by_rank = x.unflatten(1, (self.degree, -1)).transpose(0, 1)  # [P, n, H/P, D]
-        return _AllToAll.apply(by_rank.contiguous(), self._group).flatten(0, 1)
+        return _all_to_all(by_rank.contiguous(), self._group.group_name).flatten(0, 1)
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """All heads of own tokens, `[n, Hq, D]`, from all tokens of own heads, `[N, Hq/P, D]`."""
         by_rank = x.unflatten(0, (self.degree, -1))  # [P, n, Hq/P, D]
-        return _AllToAll.apply(by_rank.contiguous(), self._group).transpose(0, 1).flatten(1, 2)
+        return _all_to_all(by_rank.contiguous(), self._group.group_name).transpose(0, 1).flatten(1, 2)
 
 
-class _AllToAll(torch.autograd.Function):
-    """Part p of `[P, ...]` goes to rank p, in the place of the sender's number: its own inverse, and so its own transpose."""
+# An operator, which torch.compile does not look into: inside a graph of torch 2.11 an all-to-all in an autograd.Function has a gradient
+# of zeros.
+@torch.library.custom_op("sequence_parallel::all_to_all", mutates_args=())
+def _all_to_all(x: Tensor, group: str) -> Tensor:
+    """Part p of `[P, ...]` goes to rank p of the group of this name, in the place of the sender's number: its own transpose."""
+    received = torch.empty_like(x)
+    dist.all_to_all_single(received, x, group=_resolve_process_group(group))
+    return received
 
-    @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        received = torch.empty_like(x)
-        dist.all_to_all_single(received, x, group=group)
-        return received
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_received: Tensor):
-        return _AllToAll.apply(d_received.contiguous(), ctx.group), None
+@_all_to_all.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _keep_group(ctx, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    ctx.group = inputs[1]
+
+
+def _backward(ctx, d_received: Tensor):
+    return _all_to_all(d_received.contiguous(), ctx.group), None
+
+
+_all_to_all.register_autograd(_backward, setup_context=_keep_group)
