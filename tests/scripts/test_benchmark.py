@@ -104,9 +104,9 @@ def test_mistakes_name_the_key(override, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "what to measure must be given; accepted first word: attention, layers, train, data"),
-        (["lengths=64"], "what to measure must be given; accepted first word: attention, layers, train, data"),
-        (["atention"], "atention: no such benchmark, did you mean 'attention'?; accepted first word: attention, layers, train, data"),
+        ([], "what to measure must be given; accepted first word: attention, layers, train, equality, data"),
+        (["lengths=64"], "what to measure must be given; accepted first word: attention, layers, train, equality, data"),
+        (["atention"], "atention: no such benchmark, did you mean 'attention'?; accepted first word: attention, layers, train, equality, data"),
         (["attention", "lenghts=64"], "lenghts: no such key, did you mean 'lengths'?"),
         (["attention", "output_dir=OUTPUT"], "attention: needs a CUDA device and torch sees none"),
     ],

@@ -126,7 +126,7 @@ def test_a_contradiction_is_named_with_both_values(corpus, released, tmp_path, m
 
 def test_a_plan_goes_by_the_weights_and_is_made_without_them_too(corpus, released, tmp_path):
     def plan(init: Path | str, *more: str) -> Plan:
-        keys = [*arguments(corpus, tmp_path / "run", init, *more), "num_gpus=1"]
+        keys = [*arguments(corpus, tmp_path / "run", init, *more), "num_gpus=1", "attention.backend=torch"]
         return make_plan(compose(PlanConfig, config_name="train", overrides=keys))
 
     found = plan(released / "ours")
