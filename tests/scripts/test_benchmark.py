@@ -106,7 +106,10 @@ def test_mistakes_name_the_key(override, message):
     [
         ([], "what to measure must be given; accepted first word: attention, layers, train, equality, data"),
         (["lengths=64"], "what to measure must be given; accepted first word: attention, layers, train, equality, data"),
-        (["atention"], "atention: no such benchmark, did you mean 'attention'?; accepted first word: attention, layers, train, equality, data"),
+        (
+            ["atention"],
+            "atention: no such benchmark, did you mean 'attention'?; accepted first word: attention, layers, train, equality, data",
+        ),
         (["attention", "lenghts=64"], "lenghts: no such key, did you mean 'lengths'?"),
         (["attention", "output_dir=OUTPUT"], "attention: needs a CUDA device and torch sees none"),
     ],
