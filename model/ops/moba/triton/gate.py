@@ -154,14 +154,12 @@ def _gate_kernel(
 def _gate_launch(call: Call, heads: range) -> Launch:
     blocks = call.blocks
     tile = tile_of("gate", blocks.size)
-    rows = min(tile.rows, power_of_2(blocks.size))
-    warps = tile.warps * rows // tile.rows  # 8 on 64 rows and 16 slots left choices unwritten (Triton 3.6, H200)
-    tiles = -(-blocks.size // rows)
+    tiles = -(-blocks.size // tile.rows)
     columns = max(16, min(tile.columns, power_of_2(blocks.max_past)))
     return Launch(
         _gate_kernel, (blocks.count * tiles, len(heads)), *call.strides, heads.start, call.group, call.num_tokens, blocks.count,
-        TILES=tiles, D=call.head_dim, P=call.num_past, SLOTS=power_of_2(call.num_past), BQ=rows, BN=columns, STAGES=tile.stages,
-        warps=warps,
+        TILES=tiles, D=call.head_dim, P=call.num_past, SLOTS=power_of_2(call.num_past), BQ=tile.rows, BN=columns, STAGES=tile.stages,
+        warps=tile.warps,
     )  # fmt: skip
 
 
