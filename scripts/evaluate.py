@@ -28,7 +28,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from configs.checks import divisors
 from configs.mapping import to_mapping
 from configs.registry import command, show
-from configs.schema import ConfigError, EvaluateConfig, EvaluationPart, Precision, RunConfig
+from configs.schema import ConfigError, EvaluateConfig, EvaluationPart, RunConfig
 from model.transformer import Transformer
 from scripts.figures import plot_gates, plot_needles, plot_positions
 from scripts.program import run
@@ -37,6 +37,7 @@ from train.distributed import Ranks, choose_device, find_ranks, on_main, run_to_
 from train.engine import processes
 from train.evaluate import attention_label, attention_settings, choose_documents, context_lengths, open_corpus, stretch
 from train.initial import is_converted, load_into, state_of, tokenizers_of
+from train.kernels import compute_dtype
 from train.report import describe_documents, markdown, overview, result_label
 from train.run_dir import describe_launch, write_atomically
 from train.suite import Suite
@@ -79,7 +80,7 @@ def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> dict[str, An
     tile = trained.parallel.ffn_tile
     model = Transformer(trained.model, attention, stage.rope, config.backend.value, workspace, ffn_tile=tile)
     load_into(model, checkpoint)
-    model.to(device, torch.bfloat16 if config.precision is Precision.BF16 else torch.float32).eval()
+    model.to(device, compute_dtype(config.precision)).eval()
     share_rows(model, ranks.world_size)
     with _progress(suite.total_tokens, shown=ranks.is_main) as progress:
         found = suite.run(model, corpus, config.checkpoint, device, progress)

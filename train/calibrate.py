@@ -103,7 +103,7 @@ def _measure(config: PlanConfig, stage: StageConfig, layers: list[tuple[LayerAtt
     with device:
         model = Transformer(shape, attention, rope, backend, workspace, loss=loss, ffn_tile=tile)
     model.set_activation(activation)
-    model.to(compute_dtype(config.parallel))
+    model.to(compute_dtype(config.parallel.precision))
     rows = config.micro_batch_rows(stage, config.num_gpus)
     num_tokens = rows * stage.seq_len
     tokens = torch.randint(shape.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0)).to(device)

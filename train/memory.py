@@ -7,21 +7,16 @@ from pathlib import Path
 import torch
 
 from configs.layers import LayerAttention
-from configs.schema import AttentionBackend, ConfigError, ParallelConfig, Precision, RunConfig, StageConfig
+from configs.schema import AttentionBackend, ConfigError, RunConfig, StageConfig
 from model.memory import PassBytes, pass_bytes
 from train.distributed import Ranks, gather_objects
-from train.kernels import triton_refusal
+from train.kernels import compute_dtype, triton_refusal
 
 # Of a container, by version of cgroups: its limit, what counts against it, and where its statistics say what of that can be had back.
 _CGROUPS = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
-
-
-def itemsize(parallel: ParallelConfig) -> int:
-    """Bytes of a weight or an activation in the forward pass."""
-    return 2 if parallel.precision is Precision.BF16 else 4
 
 
 def stage_bytes(run: RunConfig, stage: StageConfig, *, world_size: int, gpu: bool) -> PassBytes:
@@ -42,7 +37,7 @@ def layers_bytes(
         activation,
         rows=rows,
         seq_len=stage.seq_len,
-        itemsize=itemsize(run.parallel),
+        itemsize=compute_dtype(run.parallel.precision).itemsize,
         gpu=gpu,
         triton_workspace=stage.attention.workspace if triton else 0,
         sequence_parallel=run.parallel.sequence_parallel,

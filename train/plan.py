@@ -22,8 +22,8 @@ from train.crossover import Crossover, crossover
 from train.engine import deepspeed_config
 from train.gpus import GPUS
 from train.initial import open_initial
-from train.kernels import check_attention, triton_refusal
-from train.memory import itemsize, stage_bytes
+from train.kernels import check_attention, compute_dtype, triton_refusal
+from train.memory import stage_bytes
 from train.optim import build_optimizer
 from train.traffic import GATHERED, Exchange, Traffic, exchange, traffic
 from train.trainer import check_heldout, check_mixes
@@ -51,7 +51,7 @@ def state_bytes(parallel: ParallelConfig, *, num_parameters: int, world_size: in
 
     `accumulates`: a step has several micro-batches. Counted on the engine's own tensors at 1 and 2 ranks, see the tests.
     """
-    item, whole, shard = itemsize(parallel), num_parameters, num_parameters / world_size
+    item, whole, shard = compute_dtype(parallel.precision).itemsize, num_parameters, num_parameters / world_size
     bucket = item * reduce_bucket(parallel, num_parameters)
     if parallel.zero_stage == 0:  # fp32: AdamW on the model's own parameters
         return StateBytes(weights=4 * whole, gradients=4 * whole, optimizer=8 * whole)
@@ -218,7 +218,7 @@ def _stage_notes(config: PlanConfig, plan: StagePlan, index: int) -> list[str]:
             notes.append(f"stages.{index}.attention.backend=auto: takes torch for {kind}, slow on a GPU, as triton does not: {refused}")
     if (degree := config.parallel.sequence_parallel) > 1:
         tokens = plan.micro_batch_rows * plan.stage.seq_len // degree
-        sent = exchange_bytes(config.model, tokens=tokens, degree=degree, itemsize=itemsize(config.parallel))
+        sent = exchange_bytes(config.model, tokens=tokens, degree=degree, itemsize=compute_dtype(config.parallel.precision).itemsize)
         step = sent * config.model.num_layers * plan.micro_batches
         notes.append(
             f"stages.{index}: {degree} ranks share a row; each sends the others {sent / 1e6:,.0f} MB a layer and micro-batch, "

@@ -6,8 +6,9 @@ twice that (Thakur et al. 2005, section 4). The ring of a node's GPUs leaves it 
 
 from dataclasses import dataclass
 
-from configs.schema import ParallelConfig, PlanConfig, Precision
+from configs.schema import ParallelConfig, PlanConfig
 from train.gpus import GPUS
+from train.kernels import compute_dtype
 
 # ZeRO-3 keeps what it has gathered up to this many elements (`max_live_parameters` and `max_reuse_distance` of DeepSpeed 0.19).
 GATHERED = 1_000_000_000
@@ -34,7 +35,7 @@ def traffic(parallel: ParallelConfig, *, num_parameters: int, world_size: int, m
     ZeRO 1 sums gradients once a step, ZeRO 2 and 3 after each micro-batch. DeepSpeed's ZeRO 2 does it with an all-reduce, so it sends
     more than ZeRO 1, not less. ZeRO 3 gathers the weights of each forward pass, and for the backward pass again what it could not keep.
     """
-    item = 2 if parallel.precision is Precision.BF16 else 4
+    item = compute_dtype(parallel.precision).itemsize
     once = item * num_parameters * (world_size - 1) / world_size  # a reduce-scatter or an all-gather of all parameters
     if parallel.zero_stage == 0:
         return Traffic(gradients=2 * once, weights=0)
