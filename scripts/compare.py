@@ -8,17 +8,18 @@ sizes: python -m scripts.fit.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # started by its path: the folder of this file would shadow top-level packages, the root would be missing
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from configs.registry import command, show
+from configs.registry import command
 from configs.schema import CompareConfig
 from scripts.program import first_word_is, run
 from scripts.scaling.comparison import compare
 from scripts.scaling.comparison_report import markdown, plot
-from train.run_dir import unwritable, write_atomically
+from scripts.scaling.writing import write_and_show
 
 
 def main() -> None:
@@ -31,14 +32,7 @@ def main() -> None:
 def compare_arms(config: CompareConfig) -> None:
     """Compares, writes and prints the report."""
     found = compare(config)
-    folder = Path(config.output_dir) if config.output_dir else Path(config.results).parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        plot(found, folder / "compare.png")
-        write_atomically(folder / "compare.md", markdown(found))
-    except OSError as error:
-        raise unwritable(f"output_dir={folder}", error) from None
-    show("\n".join([markdown(found), str(folder / "compare.md"), str(folder / "compare.png")]))
+    write_and_show(config, "compare", markdown(found), partial(plot, found))
 
 
 if __name__ == "__main__":

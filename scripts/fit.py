@@ -9,17 +9,18 @@ the gap between arms; the paper's lines beside them where axes agree. Writes fit
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # started by its path: the folder of this file would shadow top-level packages, the root would be missing
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from configs.registry import command, show
+from configs.registry import command
 from configs.schema import FitConfig
 from scripts.program import first_word_is, run
 from scripts.scaling.report import markdown, plot
 from scripts.scaling.study import study
-from train.run_dir import unwritable, write_atomically
+from scripts.scaling.writing import write_and_show
 
 
 def main() -> None:
@@ -32,14 +33,7 @@ def main() -> None:
 def fit_results(config: FitConfig) -> None:
     """Fits, writes and prints the report."""
     found = study(config)
-    folder = Path(config.output_dir) if config.output_dir else Path(config.results).parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        plot(found, folder / "fit.png")
-        write_atomically(folder / "fit.md", markdown(found))
-    except OSError as error:
-        raise unwritable(f"output_dir={folder}", error) from None
-    show("\n".join([markdown(found), str(folder / "fit.md"), str(folder / "fit.png")]))
+    write_and_show(config, "fit", markdown(found), partial(plot, found))
 
 
 if __name__ == "__main__":
