@@ -14,11 +14,8 @@ import numpy as np
 
 from configs.schema import CompareConfig, ConfigError
 from scripts.scaling.laws import CONFIDENCE, Interval
-from scripts.scaling.study import Row, read_arms, without_partner
+from scripts.scaling.study import SETTING, Row, read_arms, with_partners, without_partner
 from scripts.sweeps.results import ROWS
-
-SETTING = ("model", "context", "tokens", "batch_tokens", "lr")
-"""Columns that runs have in common to be compared; seeds are compared each with the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +96,7 @@ def _group(
     draws = generator.multinomial(size, np.full(size, 1 / size), config.resamples) if first else np.zeros((0, 0))
     gaps = []
     for arm, part in arms.items():
-        partners = {row["seed"]: row for row in arms[reference]}
-        pairs = [(partners[row["seed"]], row) for row in part if row["seed"] in partners]
-        if arm != reference and pairs:
+        if arm != reference and (pairs := with_partners(part, arms[reference])):
             gaps.append(_gap(arm, pairs, kept, draws))
     return Group(
         setting=dict(zip(SETTING, setting, strict=True)),
@@ -114,17 +109,17 @@ def _group(
 
 
 def _gap(arm: str, pairs: Sequence[tuple[Row, Row]], kept: Mapping[str, _Kept], draws: np.ndarray) -> PairedGap:
-    by_seed = [float(theirs["heldout_loss"]) - float(ours["heldout_loss"]) for theirs, ours in pairs]
+    by_seed = [float(theirs["heldout_loss"]) - float(ours["heldout_loss"]) for ours, theirs in pairs]
     whole = Interval(value=float(np.mean(by_seed)), low=-np.inf, high=np.inf)
     by_position: dict[int, Interval] = {}
     if all(row["key"] in kept for pair in pairs for row in pair):
         targets = kept[pairs[0][0]["key"]].targets
-        apart = np.mean([kept[theirs["key"]].nats - kept[ours["key"]].nats for theirs, ours in pairs], axis=0)
+        apart = np.mean([kept[theirs["key"]].nats - kept[ours["key"]].nats for ours, theirs in pairs], axis=0)
         whole = _interval(apart.sum(axis=1), targets.sum(axis=1), draws)
         bucket = kept[pairs[0][0]["key"]].bucket
         columns = [index for index in range(targets.shape[1]) if targets[:, index].any()]
         by_position = {index * bucket: _interval(apart[:, index], targets[:, index], draws) for index in columns}
-    return PairedGap(arm=arm, seeds=[ours["seed"] for _, ours in pairs], by_seed=by_seed, whole=whole, by_position=by_position)
+    return PairedGap(arm=arm, seeds=[ours["seed"] for ours, _ in pairs], by_seed=by_seed, whole=whole, by_position=by_position)
 
 
 def _interval(apart: np.ndarray, targets: np.ndarray, draws: np.ndarray) -> Interval:
@@ -146,10 +141,10 @@ def _kept(config: CompareConfig, row: Row) -> _Kept | None:
             nats=np.array(found["nats"], dtype=float),
             targets=np.array(found["targets"], dtype=int),
         )
+        if kept.nats.ndim != 2 or kept.nats.shape != kept.targets.shape or len(kept.nats) != len(kept.checksums):
+            raise ValueError("not a value for each row and bucket")
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"results={config.results}: {ROWS} of job {row['job']} is damaged; empty it to do without") from None
-    if not kept.nats.ndim == 2 or kept.nats.shape != kept.targets.shape or len(kept.nats) != len(kept.checksums):
-        raise ConfigError(f"results={config.results}: {ROWS} of job {row['job']} is damaged; empty it to do without")
     return kept
 
 

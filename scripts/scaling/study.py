@@ -12,6 +12,8 @@ from scripts.scaling.laws import PFLOP_S_DAY, Fit, Interval, fit, interval, mean
 from scripts.sweeps.results import FILE, POSITION, position, read
 
 Row = dict[str, str]
+SETTING = ("model", "context", "tokens", "batch_tokens", "lr")
+"""Columns that runs have in common to be compared; seeds are compared each with the same."""
 ALL = "heldout_loss"
 """The column of the loss over all positions."""
 
@@ -109,6 +111,12 @@ def read_arms(results: str, arms: Sequence[str]) -> dict[str, list[Row]]:
     return {arm: sorted((row for row in rows if row["arm"] == arm), key=lambda row: int(row["flops_6nd"])) for arm in arms or present}
 
 
+def with_partners(rows: Sequence[Row], others: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """Those of `rows` that one of another arm's is alike in all else, each with it."""
+    partners = {_pair_key(row): row for row in others}
+    return [(row, partners[_pair_key(row)]) for row in rows if _pair_key(row) in partners]
+
+
 def without_partner(rows: Mapping[str, Sequence[Row]]) -> list[str]:
     """The runs that one arm has and another lacks, in words: `moba(512, 3) lacks law_66m, 263,061,504 tokens, seed 0`."""
     all_keys = {_pair_key(row): row for part in rows.values() for row in part}
@@ -157,8 +165,7 @@ def _predict(config: FitConfig, rows: Sequence[Row], generator: np.random.Genera
 
 
 def _gap(config: FitConfig, rows: dict[str, list[Row]], fits: dict[tuple[str, str], Fit], column: str, reference: str, arm: str) -> Gap:
-    partners = {_pair_key(row): row for row in rows[reference]}
-    paired = [(row, partners[_pair_key(row)]) for row in rows[arm] if _pair_key(row) in partners]
+    paired = with_partners(rows[arm], rows[reference])
     if not paired:
         raise ConfigError(
             f"results={config.results}: no run of {arm} has a run of {reference} of its size, tokens and seed to be compared with"
@@ -173,4 +180,4 @@ def _gap(config: FitConfig, rows: dict[str, list[Row]], fits: dict[tuple[str, st
 
 
 def _pair_key(row: Row) -> tuple[str, ...]:
-    return tuple(row[name] for name in ("model", "tokens", "seed", "batch_tokens", "lr"))
+    return tuple(row[name] for name in (*SETTING, "seed"))
