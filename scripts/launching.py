@@ -1,5 +1,6 @@
 """How programs start trainings: the deepspeed CLI in a session of its own, with all that it says in a log that is locked while it lives."""
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -7,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -69,6 +70,19 @@ def start(command: Sequence[str], environment: Mapping[str, str], log: IO[bytes]
     return subprocess.Popen(command, env=changed, start_new_session=True, stdout=log, stderr=log)
 
 
+@contextlib.contextmanager
+def trainer(command: Sequence[str], environment: Mapping[str, str], log: Path, file: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """A training that writes `log`, whose lock `file` it takes over; when the block is left it is told to end, and all of it is over."""
+    with file:  # from here on it is locked by the trainer alone
+        process = start(command, environment, file)
+    try:
+        yield process
+    finally:
+        stop(process)
+        process.wait()
+        wait_for_heirs(log)
+
+
 def stop(process: subprocess.Popen[bytes]) -> None:
     """Tells a program, and all that it has started, to end. Training saves first."""
     if process.poll() is None:
@@ -79,3 +93,8 @@ def last_error(log: Path) -> str | None:
     """The line in which a training's log tells the user's mistake, `error: …`; None where there is none."""
     errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error:")]
     return errors[-1] if errors else None
+
+
+def why_it_ended(log: Path, status: int) -> str:
+    """In one line, why a training ended before its last step: the user's mistake, or where to look."""
+    return (last_error(log) or "").removeprefix("error: ") or f"training ended with status {status} before its last step; see {log}"

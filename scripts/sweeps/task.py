@@ -13,7 +13,7 @@ import torch
 
 from configs.registry import REPOSITORY
 from configs.schema import ConfigError, Device, SweepConfig, SweepLauncher
-from scripts.launching import deepspeed_command, last_error, lock_log, start, stop, wait_for_heirs
+from scripts.launching import deepspeed_command, lock_log, trainer, why_it_ended
 from scripts.sweeps.jobs import Job, make_trial, trial_label
 from scripts.sweeps.results import FILE, add, collect, read
 from train.run_dir import describe_launch, is_trained, write_atomically
@@ -87,18 +87,10 @@ def _train(config: SweepConfig, job: Job, environment: dict[str, str], log: IO[b
     on_gpu = "CUDA_VISIBLE_DEVICES" in environment
     command = deepspeed_command(job.overrides, num_ranks=None if on_gpu else config.gpus_per_job)
     path = log_file(config, job.name)
-    with log:  # from here on it is locked by the trainer alone
-        process = start(command, environment, log)
-    try:
+    with trainer(command, environment, path, log) as process:
         status = process.wait()
-    finally:
-        stop(process)  # an interruption: training saves first
-        process.wait()
-        wait_for_heirs(path)
     if not is_trained(job.run):
-        raise ConfigError(
-            (last_error(path) or "").removeprefix("error: ") or f"training ended with status {status} before its last step; see {path}"
-        )
+        raise ConfigError(why_it_ended(path, status))
 
 
 def _on_gpu(job: Job) -> bool:

@@ -23,7 +23,7 @@ from configs.checks import check_run
 from configs.registry import compose
 from configs.schema import ConfigError, Device, EqualityBenchmarkConfig, LayoutConfig, RunConfig
 from scripts.figures import read_metrics
-from scripts.launching import deepspeed_command, last_error, lock_log, start, stop, wait_for_heirs
+from scripts.launching import deepspeed_command, lock_log, trainer, why_it_ended
 from train.metrics import FILE
 from train.report import table
 from train.run_dir import CHECKPOINTS, is_trained, unwritable, write_atomically
@@ -158,23 +158,15 @@ def _launch(run: RunConfig, layout: LayoutConfig, settings: Sequence[str], until
     command = deepspeed_command([*settings, f"run_dir={run.run_dir}"], num_ranks=layout.num_ranks)
     said = lock_log(log, wait=False)
     assert said is not None  # of a folder that we have just made
-    with said:
-        process = start(command, {"DS_ACCELERATOR": "cpu"} if on_cpu else {}, said)
-    try:
+    with trainer(command, {"DS_ACCELERATOR": "cpu"} if on_cpu else {}, log, said) as process:
         while process.poll() is None:
             if until is not None and _can_go_on(Path(run.run_dir), until):
                 os.killpg(process.pid, signal.SIGKILL)
                 return ""
             time.sleep(_POLL_SECONDS)
-    finally:
-        stop(process)
-        process.wait()
-        wait_for_heirs(log)
     if until is not None:
         return f"ended with status {process.returncode} before it could be killed after step {until}"
-    if is_trained(run):
-        return ""
-    return (last_error(log) or f"training ended with status {process.returncode}; see {log}").removeprefix("error: ")
+    return "" if is_trained(run) else why_it_ended(log, process.returncode)
 
 
 def _can_go_on(run_dir: Path, step: int) -> bool:
