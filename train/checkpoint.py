@@ -25,7 +25,7 @@ from train.distributed import Ranks
 from train.engine import Engine
 from train.fragments import FragmentFolder
 from train.optim import learning_rate
-from train.run_dir import CHECKPOINTS
+from train.run_dir import CHECKPOINTS, checkpoint_of
 from train.stages import place_of
 
 _NAME = re.compile(r"^step_(\d{8})$")
@@ -96,7 +96,7 @@ def set_aside(root: Path, *, after: int) -> None:
         if step > after:
             aside = root / f"damaged_step_{step:08d}"
             shutil.rmtree(aside, ignore_errors=True)
-            (root / f"step_{step:08d}").rename(aside)
+            checkpoint_of(root, step).rename(aside)
 
 
 def verify(checkpoint: Path) -> None:
@@ -123,7 +123,7 @@ def newest_valid(root: Path, say: Callable[[str], None]) -> Path | None:
 
     Raises ConfigError where there are checkpoints and all are damaged: to start anew over them would be a silent loss.
     """
-    found = [root / f"step_{step:08d}" for step in reversed(steps_of(root))]
+    found = [checkpoint_of(root, step) for step in reversed(steps_of(root))]
     for checkpoint in found:
         try:
             verify(checkpoint)
@@ -185,7 +185,7 @@ def resolve(path: str, say: Callable[[str], None]) -> Path:
 def _offer(damaged: Path) -> str:
     match = _NAME.match(damaged.name)
     for step in reversed(steps_of(damaged.parent)):
-        candidate = damaged.parent / f"step_{step:08d}"
+        candidate = checkpoint_of(damaged.parent, step)
         if match and step < int(match[1]):
             try:
                 verify(candidate)

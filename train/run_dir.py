@@ -101,9 +101,19 @@ def _identity(run: RunConfig) -> dict[str, Any]:
     return {key: values[key] for key in IDENTITY}
 
 
+def checkpoint_of(root: Path, step: int) -> Path:
+    """The folder of the checkpoint after `step` steps among those in `root`."""
+    return root / f"step_{step:08d}"
+
+
+def last_checkpoint(run: RunConfig) -> Path:
+    """Where the checkpoint after the run's last step is, once it is trained."""
+    return checkpoint_of(Path(run.run_dir) / CHECKPOINTS, run.last_step)
+
+
 def is_trained(run: RunConfig) -> bool:
     """Whether the run's folder holds the checkpoint after its last step."""
-    return (Path(run.run_dir) / CHECKPOINTS / f"step_{run.last_step:08d}").is_dir()
+    return last_checkpoint(run).is_dir()
 
 
 @contextlib.contextmanager

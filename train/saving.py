@@ -22,7 +22,7 @@ from train.checkpoint import ENGINE, TrainingState, files_of, fingerprint, rng_f
 from train.distributed import Ranks, gather_objects, on_main
 from train.engine import Engine
 from train.fragments import Fragment, write_fragments
-from train.run_dir import DISK_FULL, unwritable, write_atomically
+from train.run_dir import DISK_FULL, checkpoint_of, unwritable, write_atomically
 
 _PARTIAL = ".partial"
 _PATIENCE = datetime.timedelta(hours=2)  # that a rank which has written waits for one on slower storage
@@ -122,7 +122,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
             on_main(self._ranks, lambda: shutil.rmtree(beside, ignore_errors=True), self._group)
             told = f"checkpoint of step {state.step} could not be written to {self._root}"
             raise ConfigError(f"{told}: {reasons[0]}; {_newest_text(self._root)}")
-        target = self._root / f"step_{state.step:08d}"
+        target = checkpoint_of(self._root, state.step)
         manifest = {"step": state.step, "files": {name: entry for files, _ in done for name, entry in files.items()}}
         on_main(self._ranks, lambda: _publish(self._root, beside, target, manifest, self._config), self._group)
         return target
@@ -155,7 +155,7 @@ def _publish(root: Path, beside: Path, target: Path, manifest: dict[str, Any], c
         raise unwritable(f"checkpoint {target}", error) from None
     for step in steps_of(root)[: -config.keep_last]:
         if not (config.keep_every and step % config.keep_every == 0):
-            shutil.rmtree(root / f"step_{step:08d}")
+            shutil.rmtree(checkpoint_of(root, step))
 
 
 def _is_full(root: Path, error: Exception) -> bool:
@@ -172,7 +172,7 @@ def _make_room(root: Path, beside: Path) -> None:
     except OSError as error:
         raise unwritable(f"checkpoint {root}", error) from None
     newest = max(steps_of(root), default=None)
-    needed = sum(file.stat().st_size for file in files_of(root / f"step_{newest:08d}")) if newest is not None else 0
+    needed = sum(file.stat().st_size for file in files_of(checkpoint_of(root, newest))) if newest is not None else 0
     free = shutil.disk_usage(root).free
     if free < needed:
         shutil.rmtree(beside)
@@ -181,4 +181,4 @@ def _make_room(root: Path, beside: Path) -> None:
 
 def _newest_text(root: Path) -> str:
     newest = max(steps_of(root), default=None)
-    return "there is no earlier checkpoint" if newest is None else f"step_{newest:08d} before it is whole"
+    return "there is no earlier checkpoint" if newest is None else f"{checkpoint_of(root, newest).name} before it is whole"

@@ -6,7 +6,6 @@ Each is a launch of `train.main` through the deepspeed CLI, as a user's, to the 
 
 import csv
 import io
-import json
 import os
 import shutil
 import signal
@@ -24,9 +23,10 @@ from configs.registry import compose
 from configs.schema import ConfigError, Device, EqualityBenchmarkConfig, LayoutConfig, RunConfig
 from scripts.figures import read_metrics
 from scripts.launching import deepspeed_command, lock_log, trainer, why_it_ended
+from train.checkpoint import read_state, steps_of
 from train.metrics import FILE
 from train.report import table
-from train.run_dir import CHECKPOINTS, is_trained, unwritable, write_atomically
+from train.run_dir import CHECKPOINTS, is_trained, last_checkpoint, unwritable, write_atomically
 
 FILES = ("equality.md", "equality.csv")
 _FOLDER = "equality"
@@ -140,8 +140,7 @@ def _train(training: Training, run_dir: Path) -> Trained:
         if problem := _launch(run, layout, settings, until, run_dir.with_name(f"{run_dir.name}-{number}.log")):
             break
     lines = read_metrics(run_dir / FILE) if (run_dir / FILE).exists() else []
-    saved = run_dir / CHECKPOINTS / f"step_{run.last_step:08d}" / "state.json"
-    stream = json.loads(saved.read_text())["stream"] if saved.exists() else None
+    stream = read_state(last_checkpoint(run)).stream if is_trained(run) else None
     shutil.rmtree(run_dir / CHECKPOINTS, ignore_errors=True)
     return Trained(
         training=training,
@@ -171,7 +170,7 @@ def _launch(run: RunConfig, layout: LayoutConfig, settings: Sequence[str], until
 
 def _can_go_on(run_dir: Path, step: int) -> bool:
     """Whether that step is done, and there is a checkpoint."""
-    if not any((run_dir / CHECKPOINTS).glob("step_*")):
+    if not steps_of(run_dir / CHECKPOINTS):
         return False
     return max((line["step"] for line in read_metrics(run_dir / FILE)), default=0) >= step
 
