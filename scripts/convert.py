@@ -28,7 +28,7 @@ from data.tokenizer import copy_tokenizer, load_tokenizer
 from model.hf import MODELLING_FILE, from_config, is_computed, parameter_shapes, to_config, to_theirs
 from scripts.program import quoted, run
 from train.initial import Source, open_source
-from train.run_dir import TOKENIZER, new_folder
+from train.run_dir import CHECKPOINTS, TOKENIZER, new_folder
 from train.weights import WeightFolder, check_shapes, num_bytes, widest, write_weights
 
 SUBCOMMANDS = ("from_hf", "to_hf")
@@ -101,7 +101,7 @@ def from_config_file(source: Path) -> ModelFile:
     path = source / "config.json"
     if not source.is_dir():
         raise ConfigError(f"DIR={source}: no such folder; hub names are not taken, download it first")
-    ours = any((source / name).exists() for name in (MODEL_FILE, "checkpoints", "state.json"))
+    ours = any((source / name).exists() for name in (MODEL_FILE, CHECKPOINTS, "state.json"))
     if ours and not (path.is_file() and "model_type" in read_json(path)):  # a run keeps its own settings under that name
         raise ConfigError(f"DIR={source}: is a folder of this program; init_from={source} takes it as it is, to_hf exports it")
     values = read_json(path)
