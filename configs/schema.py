@@ -739,6 +739,8 @@ class CheckpointConfig:
 
     every_steps: int = 100
     """Steps between checkpoints; 0 saves at the end only."""
+    at_end: bool = True
+    """Save after the last step; false is for runs that are measured and thrown away. One that is interrupted saves all the same."""
     keep_last: int = 2
     """Newest checkpoints kept."""
     keep_every: int = 0
@@ -1281,6 +1283,9 @@ class TrainBenchmarkConfig(RunConfig):
                 raise ConfigError(f"attentions.{index}: {error}") from None
         _at_least(self, 1, "batch_tokens", "steps", "num_ranks")
         _at_least(self, 0, "dense_up_to", "warmup_steps")
+        _require(
+            not self.profile.steps, "profile.steps", self.profile.steps, "watched steps are slower than those that count; leave it out"
+        )
         _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")
 
 
@@ -1318,12 +1323,16 @@ class EqualityBenchmarkConfig:
     """Layouts of the launches of one more training, all but the last of which end by SIGKILL; empty: none is killed."""
     steps: int = 20
     """Steps of each training."""
+    patience: int = 300
+    """Seconds in which a launch must come to its next step, the first of which includes its start; one that hangs is then killed."""
     output_dir: str = "outputs/benchmark"
     """Folder of equality.md and equality.csv, and of what each training left behind, in equality/."""
 
     def __post_init__(self) -> None:
         _require(len(self.layouts) > 0, "layouts", "[]", "must hold at least one")
-        _at_least(self, 1, "steps")
+        _at_least(self, 1, "steps", "patience")
+        least = 2 * len(self.elastic)
+        _require(self.steps >= least, "steps", self.steps, f"must be at least {least}, two for each launch of elastic")
         _require(len(self.elastic) != 1, "elastic", "one layout", "must hold at least two, since each but the last is killed, or none")
         _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")
 

@@ -126,10 +126,11 @@ def train(config: TrainBenchmarkConfig) -> None:
 @command(EqualityBenchmarkConfig, config_name="benchmark_equality")
 def equality(config: EqualityBenchmarkConfig) -> None:
     """Trains under layout after layout, keeps the files up to date, and prints the report."""
+    trainings = layouts.all_trainings(config)
+    folder = _make_folder(config.output_dir, "output_dir")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     facts = {"torch": torch.__version__, "device": device, **_date_and_command("equality")}
-    folder = _make_folder(config.output_dir, "output_dir")
-    results = layouts.equality_benchmark(config, folder, facts)
+    results = layouts.equality_benchmark(trainings, folder, facts, patience=config.patience)
     show("\n\n".join([layouts.markdown(results, facts), "\n".join(str(folder / name) for name in layouts.FILES)]))
     if any(layouts.is_wrong(result, results[0]) for result in results):
         raise SystemExit(1)
