@@ -1262,6 +1262,8 @@ class TrainBenchmarkConfig(RunConfig):
     """Steps before the first that counts."""
     steps: int = 5
     """Steps that count."""
+    traced_steps: int = 2
+    """Steps after them that are traced for the share of communication, where num_ranks is above 1; 0: none."""
     num_ranks: int = 1
     """Ranks of the framework row, one a GPU (or gloo ranks on a CPU)."""
     output_dir: str = "outputs/benchmark"
@@ -1282,7 +1284,7 @@ class TrainBenchmarkConfig(RunConfig):
             except ConfigError as error:
                 raise ConfigError(f"attentions.{index}: {error}") from None
         _at_least(self, 1, "batch_tokens", "steps", "num_ranks")
-        _at_least(self, 0, "dense_up_to", "warmup_steps")
+        _at_least(self, 0, "dense_up_to", "warmup_steps", "traced_steps")
         _require(
             not self.profile.steps, "profile.steps", self.profile.steps, "watched steps are slower than those that count; leave it out"
         )

@@ -42,7 +42,8 @@ def all_cases(config: TrainBenchmarkConfig) -> list[Case]:
         if TrainingRow.FRAMEWORK in config.rows:
             cases += [Case(row=TrainingRow.FRAMEWORK, run=run) for run in runs if length <= config.dense_up_to or not _is_dense(run)]
         if TrainingRow.TRANSFORMERS in config.rows and length <= config.dense_up_to:
-            cases.append(Case(row=TrainingRow.TRANSFORMERS, run=replace(_run(changed, length, str(FULL)), num_ranks=1)))
+            alone = replace(changed, num_ranks=1, parallel=replace(changed.parallel, sequence_parallel=1, ffn_tile=0))
+            cases.append(Case(row=TrainingRow.TRANSFORMERS, run=_run(alone, length, str(FULL))))
     if not cases:
         raise ConfigError(f"dense_up_to={config.dense_up_to}: leaves none of lengths={list(config.lengths)}; raise it, or add an attention")
     for case in cases:
@@ -57,11 +58,12 @@ def _run(config: TrainBenchmarkConfig, length: int, rule: str) -> TrainBenchmark
     """The config's run at a length and attention, without all that is not a training step; no schedule could be at odds with so few."""
     stage = config.stages[0]
     batch_tokens = length * max(1, config.batch_tokens // length)
+    traced = config.traced_steps if config.num_ranks > 1 else 0
     stage = replace(
         stage,
         seq_len=length,
         batch_tokens=batch_tokens,
-        tokens=batch_tokens * (config.warmup_steps + config.steps),
+        tokens=batch_tokens * (config.warmup_steps + config.steps + traced),
         attention=replace(stage.attention, rule=rule),
     )
     return replace(

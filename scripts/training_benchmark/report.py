@@ -17,9 +17,11 @@ Line = tuple[str, str, list[tuple[int, float]]]
 
 FILES = ("train.md", "train.csv", "train.png")
 _NONE = "-"
+_OF_THE_END = ("host_gib", "pinned_gib", "device", "communication", "communication_exposed")
 _HEADER = [
     *("context", "attention", "program"),
     *("tokens/s", "MFU dense-equivalent", "MFU executed", "peak, GiB", "host, GiB", "recompiles", "data wait", "step, s"),
+    "communication (exposed)",
 ]
 
 
@@ -72,7 +74,13 @@ def _row(result: Result) -> list[str]:
         _NONE if result.recompiles is None else str(result.recompiles),
         f"{result.median('data_wait'):.1%}",
         f"{result.seconds:.3g}",
+        _communication(result),
     ]
+
+
+def _communication(result: Result) -> str:
+    total, exposed = (result.end.get(key) for key in ("communication", "communication_exposed"))
+    return _NONE if total is None else f"{total:.1%}" + ("" if exposed is None else f" ({exposed:.1%})")
 
 
 def _notes(results: Sequence[Result]) -> Iterator[str]:
@@ -89,6 +97,15 @@ def _notes(results: Sequence[Result]) -> Iterator[str]:
         yield f"transformers: {peers[0].end['program']}, SDPA, torch's fused AdamW, {master}, {how} gradient checkpointing, one rank."
     if any(result.case.row is TrainingRow.FRAMEWORK for result in results):
         yield "framework: fp32 master weights and Adam states."
+    spent = [result for result in results if "communication" in result.end]
+    if spent:
+        yield (
+            f"Communication: share of {_counts(spent, 'traced_steps')} more steps in which collectives ran, waiting for later ranks among "
+            "it, and (exposed) in which nothing else did; mean over ranks, of traces in `train/`."
+        )
+    for problem in dict.fromkeys(result.end["communication_problem"] for result in spent):
+        if problem:
+            yield f"Communication is not whole: {problem}."
     for length, settings in _changes(run):
         yield f"From {short_count(length)}: {settings}."
     for result in results:
@@ -134,7 +151,7 @@ def _values(result: Result) -> dict[str, Any]:
         for key in ("mfu_dense_equivalent", "mfu_executed"):
             values[key] = None if result.steps[0][key] is None else result.median(key)
         values |= {"memory_gib": result.steps[-1]["memory_gib"], "recompiles": result.recompiles, "data_wait": result.median("data_wait")}
-    return values | {key: result.end.get(key) for key in ("host_gib", "pinned_gib", "device")}
+    return values | {key: result.end.get(key) for key in _OF_THE_END}
 
 
 _PANELS: Mapping[str, Callable[[Result], float | None]] = {

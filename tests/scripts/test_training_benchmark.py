@@ -39,6 +39,7 @@ def config(*overrides: str) -> TrainBenchmarkConfig:
         (['attentions=["moba(5)"]'], r"attentions.0: rule='moba\(5\)'"),
         (["rows=[transfomers]"], r"rows.0='transfomers': no such choice, did you mean 'transformers'\?"),
         (["steps=0"], "steps=0: must be at least 1"),
+        (["profile.steps=1..2"], "profile.steps=1..2: watched steps are slower than those that count"),
         (["changes=[{from_lenght: 5}]"], "changes.0.from_lenght: no such key, did you mean 'changes.0.from_length'"),
         (["parallel.zero=1"], "parallel.zero: no such key, did you mean 'parallel.zero_stage'"),
     ],
@@ -80,6 +81,18 @@ def test_a_case_is_steps_alone_and_fits_any_schedule():
     asked = config("lengths=[4096]", "optim.warmup_tokens=1e12", "evaluation.rows=8", "logging.wandb=true", "warmup_steps=1", "steps=4")
     run = all_cases(asked)[0].run
     assert (run.total_steps, run.evaluation.rows, run.logging.wandb, run.model.max_seq_len) == (5, 0, False, 4096)
+
+
+def test_several_ranks_have_steps_to_trace_and_the_peer_is_alone():
+    asked = config("lengths=[128]", "attentions=full", "warmup_steps=1", "steps=3", "num_ranks=2", "parallel.sequence_parallel=2")
+    ours, peer = all_cases(asked)
+    assert (ours.num_ranks, ours.run.parallel.sequence_parallel, ours.run.total_steps) == (2, 2, 6)
+    assert (peer.num_ranks, peer.run.parallel.sequence_parallel, peer.run.total_steps) == (1, 1, 4)
+    found = result(ours, [9, 1, 2, 3, 50, 50], spent={"communication": 0.25, "communication_exposed": 0.125, "communication_problem": None})
+    assert [line["step_seconds"] for line in found.steps] == [1, 2, 3]
+    text = markdown([found, result(peer, [1, 1, 1, 1])], FACTS)
+    assert text.count(" 25.0% (12.5%) |") == 1 and "share of 2 more steps" in text
+    assert next(csv.DictReader(to_csv([found], FACTS).splitlines()))["communication_exposed"] == "0.125"
 
 
 def test_changes_hold_from_their_length_on():
@@ -130,14 +143,22 @@ def test_rows_of_the_made_corpus_are_whole_documents(tmp_path):
 # --- what cases leave behind -----------------------------------------------------------------------------------------------------------
 
 
-def result(case: Case, seconds: list[float], *, recompiles: list[int] | None = None, mfu: float | None = 0.4, problem: str = "") -> Result:
+def result(
+    case: Case,
+    seconds: list[float],
+    *,
+    recompiles: list[int] | None = None,
+    mfu: float | None = 0.4,
+    problem: str = "",
+    spent: dict | None = None,
+) -> Result:
     lines = [
         {"step": n, "step_seconds": s, "mfu_dense_equivalent": mfu, "mfu_executed": mfu, "memory_gib": 10.0 + n, "data_wait": 0.01 * n}
         for n, s in enumerate(seconds)
     ]
     for line, count in zip(lines, recompiles or []):
         line["recompiles"] = count
-    end = {} if problem else {"program": "transformers 5", "device": "A GPU", "host_gib": 3.0, "pinned_gib": 0.0}
+    end = {} if problem else {"program": "transformers 5", "device": "A GPU", "host_gib": 3.0, "pinned_gib": 0.0, **(spent or {})}
     return Result(case=case, lines=tuple(lines), problem=problem, end=end)
 
 
@@ -155,7 +176,7 @@ def test_the_report_says_what_was_measured():
     assert results[0].tokens_per_second == (tokens / 2, tokens / 4, tokens / 1)
     assert results[0].recompiles == 1 and results[2].recompiles is None
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown(results, FACTS).splitlines() if line.startswith("| 1K")]
-    assert rows[0][1:] == ["full", "framework", "4,096 (2,048 to 8,192)", "0.400", "0.400", "14.0", "3.0", "1", "3.0%", "2"]
+    assert rows[0][1:] == ["full", "framework", "4,096 (2,048 to 8,192)", "0.400", "0.400", "14.0", "3.0", "1", "3.0%", "2", "-"]
     assert rows[1][1:5] == ["moba(64, 2)", "framework", "out of memory", "-"]
     assert rows[2][1:7] == ["full", "transformers", "4,096 (4,096 to 4,096)", "-", "-", "14.0"]
     values = list(csv.DictReader(to_csv(results, FACTS).splitlines()))
@@ -251,3 +272,5 @@ def test_several_ranks_and_a_real_corpus(tmp_path):
     found = measure(case, tmp_path / "case", tmp_path)
     assert found.problem == "", (tmp_path / "case" / LOG_FILE).read_text()
     assert len(found.steps) == 1 and next(iter(found.lines[0]["tokens_by"])).startswith("source/")
+    assert len(found.lines) == 4 and 0 < found.end["communication"] < 1 and found.end["communication_exposed"] is None
+    assert len(list((tmp_path / "case").glob("trace_rank_0000?.json.gz"))) == 2
