@@ -1288,6 +1288,8 @@ class TrainBenchmarkConfig(RunConfig):
         _require(
             not self.profile.steps, "profile.steps", self.profile.steps, "watched steps are slower than those that count; leave it out"
         )
+        streams = self.real_data and self.data.streaming
+        _require(not streams, "data.streaming", True, "real_data=true reads a prepared corpus, data.prepared_dir")
         _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")
 
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from configs.checks import check_run
 from configs.registry import compose
 from configs.schema import ConfigError, Device, EqualityBenchmarkConfig, LayoutConfig, RunConfig
 from scripts.figures import read_metrics
 from scripts.launching import deepspeed_command, kill, last_lines, lock_log, trainer, why_it_ended
+from scripts.training_benchmark.checks import check_training
 from train.metrics import FILE
 from train.report import table
 from train.run_dir import CHECKPOINTS, checkpoint_of, unwritable, write_atomically
@@ -122,7 +122,7 @@ def _training(config: EqualityBenchmarkConfig, name: str, layouts: Sequence[Layo
         launches.append(replace(launch, settings=settings))
         runs.append(compose(RunConfig, config_name="train", overrides=settings))
         try:
-            check_run(runs[-1], world_size=layout.num_ranks)
+            check_training(runs[-1], num_ranks=layout.num_ranks)
         except ConfigError as error:
             raise ConfigError(f"{layout}: {error}") from None
     if runs[0].last_step < config.steps:

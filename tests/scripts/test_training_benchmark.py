@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from configs.registry import REPOSITORY, compose, override
-from configs.schema import ConfigError, TrainBenchmarkConfig, TrainingRow
+from configs.schema import ConfigError, MixConfig, TrainBenchmarkConfig, TrainingRow
 from data.loader import build_loader
 from data.prepare import prepare
 from scripts import benchmark as door
@@ -39,6 +39,7 @@ def config(*overrides: str) -> TrainBenchmarkConfig:
         (['attentions=["moba(5)"]'], r"attentions.0: rule='moba\(5\)'"),
         (["rows=[transfomers]"], r"rows.0='transfomers': no such choice, did you mean 'transformers'\?"),
         (["steps=0"], "steps=0: must be at least 1"),
+        (["real_data=true", "data.streaming=true"], "data.streaming=True: real_data=true reads a prepared corpus"),
         (["profile.steps=1..2"], "profile.steps=1..2: watched steps are slower than those that count"),
         (["changes=[{from_lenght: 5}]"], "changes.0.from_lenght: no such key, did you mean 'changes.0.from_length'"),
         (["parallel.zero=1"], "parallel.zero: no such key, did you mean 'parallel.zero_stage'"),
@@ -114,6 +115,17 @@ def test_changes_hold_from_their_length_on():
         (["num_ranks=2", "lengths=[128]", "batch_tokens=2048", "parallel.micro_batch_rows=3"], "full at 128 tokens: .* 2 ranks"),
         (['attentions=["last 9 full, rest moba"]', "lengths=[128]"], "attention.rule|rule="),
         (["lengths=[128]", 'changes=[{settings: ["parallel.zero_stage=9"]}]'], "parallel.zero_stage=9: accepted"),
+        (["lengths=[128]", "parallel.loss=liger"], "framework, full at 128 tokens: parallel.loss=liger: the device is cpu; accepted: cuda"),
+        (
+            ["lengths=[128]", 'attentions=["moba(64, 2)"]', "attention.backend=triton"],
+            r"framework, moba\(64, 2\) at 128 tokens: stages.0.attention.backend=triton: .* q is on cpu",
+        ),
+        (["lengths=[128]", "model.key_conv=3"], r"transformers, full at 128 tokens: model.key_conv=3: no class .* rows=\[framework\]"),
+        (
+            ["lengths=[128]", "stages.0.rope.nope='last 1'"],
+            "transformers, full at 128 tokens: stages.0.rope: no class .* without positions",
+        ),
+        (["lengths=[128]", "real_data=true", "data.prepared_dir=nowhere"], "nowhere"),
     ],
 )
 def test_what_training_refuses_is_refused_before_the_first_case(overrides, message):
@@ -121,7 +133,36 @@ def test_what_training_refuses_is_refused_before_the_first_case(overrides, messa
         all_cases(config(*overrides))
 
 
-def test_every_comparison_composes():
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "model=tiny", "lengths=64", "device=cuda"], "device=cuda: rank 0 of this machine needs a GPU"),
+        (["train", "model=tiny", "lengths=64", "device=cpu", "parallel.loss=liger"], "parallel.loss=liger: the device is cpu"),
+        (["train", "model=tiny", "lengths=64", "device=cpu", "activation.rule=offload"], "host memory for 1 ranks"),
+        (
+            ["equality", 'settings=["model=tiny","device=cuda","stages.0.seq_len=128"]', "steps=1"],
+            "1 rank, ZeRO 1: device=cuda: rank 0 of this machine needs a GPU",
+        ),
+    ],
+)
+def test_what_this_machine_cannot_do_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("train.memory.free_host_memory", lambda: 1000)
+    monkeypatch.setattr(sys, "argv", ["benchmark", *words, f"output_dir={tmp_path / 'new'}"])
+    with pytest.raises(SystemExit) as end:
+        door.main()
+    assert end.value.code == 2 and not (tmp_path / "new").exists()
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and message in said
+
+
+def test_the_mix_is_of_a_real_corpus_alone():
+    asked = config("lengths=[128]", "mix.sources=[{name: sotu, weight: 1}]")
+    assert all(case.stage.mix == MixConfig() for case in all_cases(asked))
+
+
+def test_every_comparison_composes(monkeypatch):
+    monkeypatch.setattr("train.memory.free_host_memory", lambda: 10**12)  # of the machines that they are written for
     for path in sorted((REPOSITORY / "configs" / "comparison").glob("*.yaml")):
         cases = all_cases(compose(TrainBenchmarkConfig, config_name="benchmark_train", overrides=[f"comparison={path.stem}"]))
         assert all(case.run.steps >= 1 for case in cases)
