@@ -51,7 +51,8 @@ def write(folder: Path, results: Sequence[Result], facts: Mapping[str, str]) -> 
     try:
         write_atomically(text, markdown(results, facts))
         write_atomically(values, to_csv(results, facts))
-        plot_over_lengths(figure, f"Training on {device(results)}, {facts['date']}", series(results))
+        panels = series(results)
+        plot_over_lengths(figure, f"Training on {device(results)}, {facts['date']}", panels, from_zero=panels.keys() - {"tokens/s"})
     except OSError as error:
         raise unwritable(f"output_dir={folder}", error) from None
 
@@ -62,7 +63,7 @@ def _row(result: Result) -> list[str]:
     if result.problem:
         return [*named, result.problem.partition(":")[0], *[_NONE] * (len(_HEADER) - len(named) - 1)]  # the rest is a note
     speed, least, most = result.tokens_per_second
-    mfu = [_NONE if result.steps[0][key] is None else f"{result.median(key):.3f}" for key in ("mfu_dense_equivalent", "mfu_executed")]
+    mfu = [_NONE if (value := _mfu(result, key)) is None else f"{value:.3f}" for key in ("mfu_dense_equivalent", "mfu_executed")]
     host = result.end["host_gib"]
     pinned = f" ({result.end['pinned_gib']:.1f} pinned)" if result.end["pinned_gib"] else ""
     return [
@@ -149,15 +150,21 @@ def _values(result: Result) -> dict[str, Any]:
         speed, least, most = result.tokens_per_second
         values |= {"tokens_per_second": speed, "slowest": least, "fastest": most, "step_seconds": result.seconds}
         for key in ("mfu_dense_equivalent", "mfu_executed"):
-            values[key] = None if result.steps[0][key] is None else result.median(key)
+            values[key] = _mfu(result, key)
         values |= {"memory_gib": result.steps[-1]["memory_gib"], "recompiles": result.recompiles, "data_wait": result.median("data_wait")}
     return values | {key: result.end.get(key) for key in _OF_THE_END}
 
 
+def _mfu(result: Result, key: str) -> float | None:
+    """Of the median step; None where the device's peak is not known."""
+    return None if result.steps[0][key] is None else result.median(key)
+
+
 _PANELS: Mapping[str, Callable[[Result], float | None]] = {
     "tokens/s": lambda result: result.tokens_per_second[0],
-    "MFU, executed": lambda result: result.steps[-1]["mfu_executed"],
+    "MFU, executed": lambda result: _mfu(result, "mfu_executed"),
     "peak memory (GiB)": lambda result: result.steps[-1]["memory_gib"],
+    "communication (share of a step)": lambda result: result.end.get("communication"),
 }
 
 

@@ -92,6 +92,7 @@ def test_several_ranks_have_steps_to_trace_and_the_peer_is_alone():
     found = result(ours, [9, 1, 2, 3, 50, 50], spent={"communication": 0.25, "communication_exposed": 0.125, "communication_problem": None})
     assert [line["step_seconds"] for line in found.steps] == [1, 2, 3]
     text = markdown([found, result(peer, [1, 1, 1, 1])], FACTS)
+    assert series([found])["communication (share of a step)"] == [("framework", "full", [(128, 0.25)])]
     assert text.count(" 25.0% (12.5%) |") == 1 and "share of 2 more steps" in text
     assert next(csv.DictReader(to_csv([found], FACTS).splitlines()))["communication_exposed"] == "0.125"
 
@@ -229,6 +230,8 @@ def test_the_report_says_what_was_measured():
     panels = series(results)
     assert panels["tokens/s"] == [("framework", "full", [(1024, 4096.0)]), ("transformers", "full", [(1024, 4096.0)])]
     assert panels["MFU, executed"] == [("framework", "full", [(1024, 0.4)])]
+    assert panels["peak memory (GiB)"] == [(program, "full", [(1024, 14.0)]) for program in ("framework", "transformers")]
+    assert list(panels) == ["tokens/s", "MFU, executed", "peak memory (GiB)"]  # of one rank; what nothing has is no panel
 
 
 @pytest.mark.parametrize(
