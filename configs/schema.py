@@ -739,6 +739,8 @@ class CheckpointConfig:
 
     every_steps: int = 100
     """Steps between checkpoints; 0 saves at the end only."""
+    at_end: bool = True
+    """Save after the last step; false is for runs that are measured and thrown away. One that is interrupted saves all the same."""
     keep_last: int = 2
     """Newest checkpoints kept."""
     keep_every: int = 0
@@ -1260,6 +1262,8 @@ class TrainBenchmarkConfig(RunConfig):
     """Steps before the first that counts."""
     steps: int = 5
     """Steps that count."""
+    traced_steps: int = 2
+    """Steps after them that are traced for the share of communication, where num_ranks is above 1; 0: none."""
     num_ranks: int = 1
     """Ranks of the framework row, one a GPU (or gloo ranks on a CPU)."""
     output_dir: str = "outputs/benchmark"
@@ -1280,7 +1284,12 @@ class TrainBenchmarkConfig(RunConfig):
             except ConfigError as error:
                 raise ConfigError(f"attentions.{index}: {error}") from None
         _at_least(self, 1, "batch_tokens", "steps", "num_ranks")
-        _at_least(self, 0, "dense_up_to", "warmup_steps")
+        _at_least(self, 0, "dense_up_to", "warmup_steps", "traced_steps")
+        _require(
+            not self.profile.steps, "profile.steps", self.profile.steps, "watched steps are slower than those that count; leave it out"
+        )
+        streams = self.real_data and self.data.streaming
+        _require(not streams, "data.streaming", True, "real_data=true reads a prepared corpus, data.prepared_dir")
         _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")
 
 
@@ -1318,12 +1327,16 @@ class EqualityBenchmarkConfig:
     """Layouts of the launches of one more training, all but the last of which end by SIGKILL; empty: none is killed."""
     steps: int = 20
     """Steps of each training."""
+    patience: int = 300
+    """Seconds in which a launch must come to its next step, the first of which includes its start; one that hangs is then killed."""
     output_dir: str = "outputs/benchmark"
     """Folder of equality.md and equality.csv, and of what each training left behind, in equality/."""
 
     def __post_init__(self) -> None:
         _require(len(self.layouts) > 0, "layouts", "[]", "must hold at least one")
-        _at_least(self, 1, "steps")
+        _at_least(self, 1, "steps", "patience")
+        least = 2 * len(self.elastic)
+        _require(self.steps >= least, "steps", self.steps, f"must be at least {least}, two for each launch of elastic")
         _require(len(self.elastic) != 1, "elastic", "one layout", "must hold at least two, since each but the last is killed, or none")
         _require(bool(self.output_dir), "output_dir", repr(self.output_dir), "must not be empty")
 

@@ -81,6 +81,7 @@ from scripts.layer_benchmark.rows import measure as measure_layers
 from scripts.program import run
 from scripts.training_benchmark import equality as layouts
 from scripts.training_benchmark import report as training_report
+from scripts.training_benchmark.cases import all_cases as all_training_cases
 from scripts.training_benchmark.program import train_benchmark
 from train.distributed import choose_device
 from train.run_dir import write_atomically
@@ -116,8 +117,9 @@ def data(config: DataBenchmarkConfig) -> None:
 @command(TrainBenchmarkConfig, config_name="benchmark_train")
 def train(config: TrainBenchmarkConfig) -> None:
     """Measures case after case, keeps the files up to date, and prints the report."""
+    cases = all_training_cases(config)
     folder, facts = _make_folder(config.output_dir, "output_dir"), {"torch": torch.__version__, **_date_and_command("train")}
-    results = train_benchmark(config, folder, facts)
+    results = train_benchmark(cases, folder, facts)
     show("\n\n".join([training_report.markdown(results, facts), "\n".join(str(folder / name) for name in training_report.FILES)]))
     if any(result.has_failed for result in results):
         raise SystemExit(1)
@@ -126,10 +128,11 @@ def train(config: TrainBenchmarkConfig) -> None:
 @command(EqualityBenchmarkConfig, config_name="benchmark_equality")
 def equality(config: EqualityBenchmarkConfig) -> None:
     """Trains under layout after layout, keeps the files up to date, and prints the report."""
+    trainings = layouts.all_trainings(config)
+    folder = _make_folder(config.output_dir, "output_dir")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     facts = {"torch": torch.__version__, "device": device, **_date_and_command("equality")}
-    folder = _make_folder(config.output_dir, "output_dir")
-    results = layouts.equality_benchmark(config, folder, facts)
+    results = layouts.equality_benchmark(trainings, folder, facts, patience=config.patience)
     show("\n\n".join([layouts.markdown(results, facts), "\n".join(str(folder / name) for name in layouts.FILES)]))
     if any(layouts.is_wrong(result, results[0]) for result in results):
         raise SystemExit(1)

@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,15 @@ def plot_losses(path: Path, runs: Mapping[str, Path]) -> None:
     save(figure, path)
 
 
-def plot_over_lengths(path: Path, title: str, panels: Mapping[str, Sequence[tuple[str, str, Sequence[tuple[int, float]]]]]) -> None:
+def plot_over_lengths(
+    path: Path,
+    title: str,
+    panels: Mapping[str, Sequence[tuple[str, str, Sequence[tuple[int, float]]]]],
+    *,
+    from_zero: Collection[str] = (),
+) -> None:
     """Writes a PNG of figures over lengths, a panel for each entry, what is measured and its unit: its lines are
-    (kernel or program, attention, [(tokens, figure), ...]).
+    (kernel or program, attention, [(tokens, figure), ...]). Scales are logarithmic but for panels `from_zero`.
 
     A colour stands for an attention, a marker and dash for a kernel, so that rivals at one task share a colour.
     """
@@ -95,7 +101,10 @@ def plot_over_lengths(path: Path, title: str, panels: Mapping[str, Sequence[tupl
         axes.xaxis.set_major_locator(FixedLocator(lengths))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(round(value))))
         axes.xaxis.set_minor_locator(NullLocator())
-        _log_ticks(axes, subs=(1, 2, 5))
+        if name in from_zero:
+            axes.set_ylim(0, 1.08 * max(figure for *_, points in panel for _, figure in points) or 1)
+        else:
+            _log_ticks(axes, subs=(1, 2, 5))
         axes.set_xlabel("tokens")
         axes.set_ylabel(name)
         plain(axes)

@@ -89,10 +89,20 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGTERM)
 
 
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Ends a program, and all that it has started, where it stands."""
+    os.killpg(process.pid, signal.SIGKILL)
+
+
 def last_error(log: Path) -> str | None:
     """The line in which a training's log tells the user's mistake, `error: …`; None where there is none."""
     errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error:")]
     return errors[-1] if errors else None
+
+
+def last_lines(log: Path, count: int = 10) -> str:
+    """The end of a log, without empty lines."""
+    return "\n".join([line for line in log.read_text(errors="replace").splitlines() if line.strip()][-count:])
 
 
 def why_it_ended(log: Path, status: int) -> str:

@@ -98,7 +98,8 @@ def _train(run: RunConfig, ranks: Ranks, corpus: OpenCorpus, folder: Path, inter
             if not interrupted and _due(trainer.done, run.evaluation.gate_every_steps):
                 trainer.measure_gates(metrics)
             # A run in trouble would push its good checkpoints out by bad ones.
-            if interrupted or ended or (_due(trainer.done, run.checkpoint.every_steps) and not trainer.skipped_in_a_row):
+            last, due = ended and run.checkpoint.at_end, _due(trainer.done, run.checkpoint.every_steps)
+            if interrupted or last or (due and not trainer.skipped_in_a_row):
                 saver.save(trainer.state())
             if interrupted or ended:
                 saver.wait()

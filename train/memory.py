@@ -9,7 +9,6 @@ import torch
 from configs.layers import LayerAttention
 from configs.schema import AttentionBackend, ConfigError, RunConfig, StageConfig
 from model.memory import PassBytes, pass_bytes
-from train.distributed import Ranks, gather_objects
 from train.kernels import compute_dtype, triton_refusal
 
 # Of a container, by version of cgroups: its limit, what counts against it, and where its statistics say what of that can be had back.
@@ -53,11 +52,11 @@ def _triton_serves(run: RunConfig, stage: StageConfig, attention: Sequence[Layer
     return chosen and not any(triton_refusal(run, stage, kind, gpu, world_size=world_size) for kind in attention if kind.kind == "moba")
 
 
-def check_host_memory(run: RunConfig, ranks: Ranks, stages: Sequence[StageConfig]) -> None:
-    """Raises ConfigError where what one of `stages` offloads, on all ranks of a machine, is more than it has free."""
-    machines = gather_objects((socket.gethostname(), free_host_memory()))
+def check_host_memory(run: RunConfig, stages: Sequence[StageConfig], machines: Sequence[tuple[str, int]], *, gpu: bool) -> None:
+    """Raises ConfigError where what one of `stages` offloads, on all ranks of a machine, is more than it has free; `machines` has what
+    each rank says of its own, `this_machine`."""
     for stage in stages:
-        host = stage_bytes(run, stage, world_size=ranks.world_size, gpu=ranks.device.type == "cuda").host
+        host = stage_bytes(run, stage, world_size=len(machines), gpu=gpu).host
         for name in dict.fromkeys(name for name, _ in machines):
             free = [left for other, left in machines if other == name]
             if (needed := host * len(free)) > min(free):
@@ -67,6 +66,11 @@ def check_host_memory(run: RunConfig, ranks: Ranks, stages: Sequence[StageConfig
                     f"{needed / 1e9:.4g} GB of host memory for {len(free)} ranks, {name} has {min(free) / 1e9:.4g} GB free; offload at "
                     f"most {count * min(free) // needed} layers, or shorten the rows"
                 )
+
+
+def this_machine() -> tuple[str, int]:
+    """Its name, and the bytes it has free."""
+    return socket.gethostname(), free_host_memory()
 
 
 def free_host_memory() -> int:

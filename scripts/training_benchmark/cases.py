@@ -2,10 +2,24 @@
 
 from dataclasses import dataclass, replace
 
-from configs.checks import check_run
+from configs.checks import check_run, check_vocabulary
 from configs.registry import override
-from configs.schema import ConfigError, EvaluationConfig, LoggingConfig, ScheduleKind, StageConfig, TrainBenchmarkConfig, TrainingRow
+from configs.schema import (
+    ConfigError,
+    EvaluationConfig,
+    LoggingConfig,
+    MixConfig,
+    ScheduleKind,
+    StageConfig,
+    TrainBenchmarkConfig,
+    TrainingRow,
+)
+from data.shards import Corpus
 from model.accounting import FULL
+from scripts.training_benchmark.checks import check_training
+from scripts.training_benchmark.peer import class_config
+from train.distributed import choose_device
+from train.trainer import check_mixes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +47,8 @@ class Case:
 
 
 def all_cases(config: TrainBenchmarkConfig) -> list[Case]:
-    """What the config asks for, short rows first. Raises ConfigError for a case that training would refuse, and where there is none."""
+    """What the config asks for, short rows first. Raises ConfigError for a case that training would refuse on this machine, and where there
+    is none."""
     cases = []
     for length in sorted(config.lengths):
         changes = [setting for change in config.changes if length >= change.from_length for setting in change.settings]
@@ -42,27 +57,46 @@ def all_cases(config: TrainBenchmarkConfig) -> list[Case]:
         if TrainingRow.FRAMEWORK in config.rows:
             cases += [Case(row=TrainingRow.FRAMEWORK, run=run) for run in runs if length <= config.dense_up_to or not _is_dense(run)]
         if TrainingRow.TRANSFORMERS in config.rows and length <= config.dense_up_to:
-            cases.append(Case(row=TrainingRow.TRANSFORMERS, run=replace(_run(changed, length, str(FULL)), num_ranks=1)))
+            alone = replace(changed, num_ranks=1, parallel=replace(changed.parallel, sequence_parallel=1, ffn_tile=0))
+            cases.append(Case(row=TrainingRow.TRANSFORMERS, run=_run(alone, length, str(FULL))))
     if not cases:
         raise ConfigError(f"dense_up_to={config.dense_up_to}: leaves none of lengths={list(config.lengths)}; raise it, or add an attention")
+    corpus = Corpus.open(config.data.prepared_dir) if config.real_data else None
     for case in cases:
         try:
-            check_run(case.run, world_size=case.num_ranks)
+            _check(case, corpus)
         except ConfigError as error:
-            raise ConfigError(f"{case.attention} at {case.stage.seq_len} tokens: {error}") from None
+            raise ConfigError(f"{case.row.value}, {case.attention} at {case.stage.seq_len} tokens: {error}") from None
     return cases
+
+
+def _check(case: Case, corpus: Corpus | None) -> None:
+    if case.row is TrainingRow.FRAMEWORK:
+        check_training(case.run, num_ranks=case.num_ranks)
+    else:
+        check_run(case.run, world_size=case.num_ranks)
+        choose_device(case.run.device)
+        try:
+            class_config(case.run)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; rows=[framework] leaves transformers out") from None
+    if corpus:
+        check_vocabulary(case.run, corpus=corpus.name, vocab_size=corpus.vocab_size)
+        check_mixes(case.run, corpus)
 
 
 def _run(config: TrainBenchmarkConfig, length: int, rule: str) -> TrainBenchmarkConfig:
     """The config's run at a length and attention, without all that is not a training step; no schedule could be at odds with so few."""
     stage = config.stages[0]
     batch_tokens = length * max(1, config.batch_tokens // length)
+    traced = config.traced_steps if config.num_ranks > 1 else 0
     stage = replace(
         stage,
         seq_len=length,
         batch_tokens=batch_tokens,
-        tokens=batch_tokens * (config.warmup_steps + config.steps),
+        tokens=batch_tokens * (config.warmup_steps + config.steps + traced),
         attention=replace(stage.attention, rule=rule),
+        mix=stage.mix if config.real_data else MixConfig(),
     )
     return replace(
         config,

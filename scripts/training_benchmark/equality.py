@@ -6,9 +6,7 @@ Each is a launch of `train.main` through the deepspeed CLI, as a user's, to the 
 
 import csv
 import io
-import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,19 +16,34 @@ from typing import Any
 
 import torch
 
-from configs.checks import check_run
 from configs.registry import compose
 from configs.schema import ConfigError, Device, EqualityBenchmarkConfig, LayoutConfig, RunConfig
 from scripts.figures import read_metrics
-from scripts.launching import deepspeed_command, lock_log, trainer, why_it_ended
-from train.checkpoint import read_state, steps_of
+from scripts.launching import deepspeed_command, kill, last_lines, lock_log, trainer, why_it_ended
+from scripts.training_benchmark.checks import check_training
 from train.metrics import FILE
 from train.report import table
-from train.run_dir import CHECKPOINTS, is_trained, last_checkpoint, unwritable, write_atomically
+from train.run_dir import CHECKPOINTS, checkpoint_of, unwritable, write_atomically
 
 FILES = ("equality.md", "equality.csv")
 _FOLDER = "equality"
 _POLL_SECONDS = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One start of `train.main`."""
+
+    layout: LayoutConfig
+    settings: tuple[str, ...]
+    """All that it is told but its folder."""
+    killed_after: int = 0
+    """The step after which it is killed, at the latest the one after its checkpoint; 0: it comes to the run's end, and saves nothing."""
+
+    @property
+    def saved_after(self) -> int:
+        """The step of the one checkpoint of a launch that is killed: the next goes back to it, where there is room for that."""
+        return max(1, self.killed_after - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +53,7 @@ class Training:
     name: str
     run: RunConfig
     """As its first launch has it, but for its folder."""
-    launches: tuple[tuple[LayoutConfig, tuple[str, ...]], ...]
-    """The layout of each, and all that `train.main` is told but its folder."""
+    launches: tuple[Launch, ...]
     is_noise: bool = False
     """Whether it is the first once more: what it differs by is rounding."""
 
@@ -55,14 +67,17 @@ class Trained:
     """Why it did not come to its end; empty where it did."""
     lines: tuple[dict[str, Any], ...] = ()
     """Metrics of each step."""
-    stream: Any = None
-    """The place in the corpus after the last step, as a checkpoint has it; None without one."""
     resumed: tuple[int, ...] = ()
     """Steps that launches went on from."""
 
     def values(self, key: str) -> list[float]:
         """A figure of each step."""
         return [line[key] for line in self.lines]
+
+    @property
+    def rows(self) -> list[tuple[Any, ...]]:
+        """What is known of each step's rows: their tokens by source and by length of the document, and how far they are in the corpus."""
+        return [tuple(line[key] for key in ("tokens_by", "padding", "epochs")) for line in self.lines]
 
 
 def all_trainings(config: EqualityBenchmarkConfig) -> list[Training]:
@@ -75,9 +90,7 @@ def all_trainings(config: EqualityBenchmarkConfig) -> list[Training]:
         again = _training(config, f"{reference}, micro-batches of {other} row{'s' if other > 1 else ''}", [reference], *rows)
     trainings = [first, replace(again, is_noise=True), *(_training(config, str(layout), [layout]) for layout in others)]
     if config.elastic:
-        name = "killed: " + " → ".join(map(str, config.elastic))
-        every = max(1, config.steps // (2 * len(config.elastic)))
-        trainings.append(_training(config, name, config.elastic, f"checkpoint.every_steps={every}"))
+        trainings.append(_training(config, "killed: " + " → ".join(map(str, config.elastic)), config.elastic))
     return trainings
 
 
@@ -91,21 +104,25 @@ def _other_rows(run: RunConfig, layout: LayoutConfig) -> int | None:
 
 def _training(config: EqualityBenchmarkConfig, name: str, layouts: Sequence[LayoutConfig], *more: str) -> Training:
     launches, runs = [], []
-    for layout in layouts:
+    for number, layout in enumerate(layouts, start=1):
+        launch = Launch(layout=layout, settings=(), killed_after=config.steps * number // len(layouts) if number < len(layouts) else 0)
+        # Held while it is written: else a short run could come to its end before it is whole.
+        saves = (f"checkpoint.every_steps={launch.saved_after}", "checkpoint.background=false")
         settings = (
             *config.settings,
             f"parallel.zero_stage={layout.zero_stage}",
             f"parallel.sequence_parallel={layout.sequence_parallel}",
             f"max_steps={config.steps}",
             "evaluation.rows=0",
-            "checkpoint.every_steps=0",
+            "checkpoint.at_end=false",
+            *(saves if launch.killed_after else ("checkpoint.every_steps=0",)),
             "logging.progress=false",
             *more,
         )
-        launches.append((layout, settings))
+        launches.append(replace(launch, settings=settings))
         runs.append(compose(RunConfig, config_name="train", overrides=settings))
         try:
-            check_run(runs[-1], world_size=layout.num_ranks)
+            check_training(runs[-1], num_ranks=layout.num_ranks)
         except ConfigError as error:
             raise ConfigError(f"{layout}: {error}") from None
     if runs[0].last_step < config.steps:
@@ -113,66 +130,83 @@ def _training(config: EqualityBenchmarkConfig, name: str, layouts: Sequence[Layo
     return Training(name=name, run=runs[0], launches=tuple(launches))
 
 
-def equality_benchmark(config: EqualityBenchmarkConfig, folder: Path, facts: Mapping[str, str]) -> list[Trained]:
+def equality_benchmark(trainings: Sequence[Training], folder: Path, facts: Mapping[str, str], *, patience: int) -> list[Trained]:
     """What all trainings came to; `folder` then holds the files, and what each left behind, without its checkpoints, in `equality/`.
+    Says what each launch took.
 
-    Raises ConfigError before the first training where one would be refused, and where the first, which the others are set against, fails.
+    Raises ConfigError where the first training, which the others are set against, fails.
     """
-    trainings = all_trainings(config)
     shutil.rmtree(folder / _FOLDER, ignore_errors=True)
     results: list[Trained] = []
     for number, training in enumerate(trainings):
-        result = _train(training, folder / _FOLDER / f"{number:02d}")
+        result = _train(training, folder / _FOLDER / f"{number:02d}", patience)
         results.append(result)
         if results[0].problem:
             raise ConfigError(f"{training.name}: {result.problem}")
-        said = result.problem or f"losses differ by at most {loss_difference(result, results[0]):.1e}"
-        print(f"{training.name}: {said}", file=sys.stderr, flush=True)
+        _say(f"{training.name}: {result.problem or f'losses differ by at most {loss_difference(result, results[0]):.1e}'}")
         _write(folder, results, facts)
     return results
 
 
-def _train(training: Training, run_dir: Path) -> Trained:
+def _train(training: Training, run_dir: Path, patience: int) -> Trained:
     """All launches of a training, in a folder that must be new; its checkpoints go when it has ended."""
-    run, problem, last = replace(training.run, run_dir=str(run_dir)), "", len(training.launches) - 1
-    for number, (layout, settings) in enumerate(training.launches):
-        until = None if number == last else run.last_step * (number + 1) // len(training.launches)
-        if problem := _launch(run, layout, settings, until, run_dir.with_name(f"{run_dir.name}-{number}.log")):
+    run, problem = replace(training.run, run_dir=str(run_dir)), ""
+    for number, launch in enumerate(training.launches):
+        log, started = run_dir.with_name(f"{run_dir.name}-{number}.log"), time.monotonic()
+        problem = _launch(run, launch, log, patience)
+        took = f"{launch.layout}, launch {number + 1} of {len(training.launches)}: {time.monotonic() - started:.0f} s"
+        if problem:
+            _say(f"{took}, failed; the end of {log}:\n{last_lines(log)}")
             break
-    lines = read_metrics(run_dir / FILE) if (run_dir / FILE).exists() else []
-    stream = read_state(last_checkpoint(run)).stream if is_trained(run) else None
+        lines, resumed = _steps(run_dir), _resumed(run_dir)
+        own = [line["step_seconds"] for line in lines if line["step"] > (resumed[-1] if resumed else 0)]
+        _say(f"{took}, {sum(own):.0f} s of them in its {len(own)} steps")
     shutil.rmtree(run_dir / CHECKPOINTS, ignore_errors=True)
-    return Trained(
-        training=training,
-        problem=problem,
-        lines=tuple(line for line in lines if "event" not in line),
-        stream=stream,
-        resumed=tuple(line["step"] for line in lines if line.get("event") == "resume"),
-    )
+    return Trained(training=training, problem=problem, lines=tuple(_steps(run_dir)), resumed=tuple(_resumed(run_dir)))
 
 
-def _launch(run: RunConfig, layout: LayoutConfig, settings: Sequence[str], until: int | None, log: Path) -> str:
-    """Trains to the end or, with `until`, kills all processes after that step. Returns why that did not come about, or nothing."""
+def _launch(run: RunConfig, launch: Launch, log: Path, patience: int) -> str:
+    """Trains to the end, or to where it is killed. Returns why that did not come about, or nothing."""
     on_cpu = run.device is Device.CPU or not torch.cuda.is_available()
-    command = deepspeed_command([*settings, f"run_dir={run.run_dir}"], num_ranks=layout.num_ranks)
+    command = deepspeed_command([*launch.settings, f"run_dir={run.run_dir}"], num_ranks=launch.layout.num_ranks)
     said = lock_log(log, wait=False)
     assert said is not None  # of a folder that we have just made
+    run_dir, until = Path(run.run_dir), launch.killed_after
+    saved = checkpoint_of(run_dir / CHECKPOINTS, launch.saved_after)
+    done, since = 0, time.monotonic()
     with trainer(command, {"DS_ACCELERATOR": "cpu"} if on_cpu else {}, log, said) as process:
         while process.poll() is None:
-            if until is not None and _can_go_on(Path(run.run_dir), until):
-                os.killpg(process.pid, signal.SIGKILL)
+            if (now := max((line["step"] for line in _steps(run_dir)), default=0)) != done:
+                done, since = now, time.monotonic()
+            if until and done >= until and saved.is_dir():
+                kill(process)
                 return ""
+            if time.monotonic() - since > patience:
+                kill(process)  # a rank that waits for another does not hear of softer signals
+                return f"hung: no step after step {done} in patience={patience} s; see {log}"
             time.sleep(_POLL_SECONDS)
-    if until is not None:
-        return f"ended with status {process.returncode} before it could be killed after step {until}"
-    return "" if is_trained(run) else why_it_ended(log, process.returncode)
+    if until and process.returncode == 0:
+        return f"came to its end before it could be killed after step {until}"
+    ended = process.returncode == 0 and len(_steps(run_dir)) == run.last_step
+    return "" if ended else why_it_ended(log, process.returncode)
 
 
-def _can_go_on(run_dir: Path, step: int) -> bool:
-    """Whether that step is done, and there is a checkpoint."""
-    if not steps_of(run_dir / CHECKPOINTS):
-        return False
-    return max((line["step"] for line in read_metrics(run_dir / FILE)), default=0) >= step
+def _steps(run_dir: Path) -> list[dict[str, Any]]:
+    """Metrics of the steps so far."""
+    return [line for line in _lines(run_dir) if "event" not in line]
+
+
+def _resumed(run_dir: Path) -> list[int]:
+    """Steps that launches went on from, so far."""
+    return [line["step"] for line in _lines(run_dir) if line.get("event") == "resume"]
+
+
+def _lines(run_dir: Path) -> list[dict[str, Any]]:
+    return read_metrics(run_dir / FILE) if (run_dir / FILE).exists() else []
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def loss_difference(result: Trained, first: Trained) -> float:
@@ -188,7 +222,7 @@ def norm_difference(result: Trained, first: Trained) -> float:
 
 def is_wrong(result: Trained, first: Trained) -> bool:
     """Whether it failed, or read other rows than the first: what no rounding excuses."""
-    return bool(result.problem) or result.stream != first.stream
+    return bool(result.problem) or result.rows != first.rows
 
 
 def _write(folder: Path, results: Sequence[Trained], facts: Mapping[str, str]) -> None:
@@ -223,7 +257,7 @@ def _row(result: Trained, first: Trained) -> list[str]:
         return [name, "-", resumed, result.problem.partition(":")[0], "-"]
     if result is first:
         return [name, "-", resumed, "-", "-"]
-    rows = "the same" if result.stream == first.stream else "OTHERS"
+    rows = "the same" if result.rows == first.rows else "OTHERS"
     return [name, rows, resumed, f"{loss_difference(result, first):.1e}", f"{norm_difference(result, first):.1e}"]
 
 
@@ -232,7 +266,7 @@ def _notes(results: Sequence[Trained]) -> Iterator[str]:
     for result in results:
         if result.training.is_noise and not result.problem:
             yield f"What rounding alone comes to: {loss_difference(result, results[0]):.1e} nats, of {result.training.name!r}."
-    yield "Rows: whether the place in the corpus after the last step is the first layout's."
+    yield "Rows: whether each step's tokens by source and document length, and its place in the corpus, are the first layout's."
     for result in results:
         if result.problem:
             yield f"{result.training.name}: {result.problem}"

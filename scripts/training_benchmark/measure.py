@@ -45,7 +45,8 @@ class Result:
     @property
     def steps(self) -> tuple[dict[str, Any], ...]:
         """The metrics of those that count."""
-        return self.lines[self.case.run.warmup_steps :]
+        first = self.case.run.warmup_steps
+        return self.lines[first : first + self.case.run.steps]
 
     @property
     def seconds(self) -> float:

@@ -4,13 +4,14 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import time
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configs.model_file import ModelFile
-from configs.schema import Precision, TrainBenchmarkConfig
+from configs.schema import ConfigError, Precision, TrainBenchmarkConfig
 from data.loader import build_loader
 from model.accounting import FULL, parameter_counts, training_flops
 from model.hf import to_config
@@ -30,7 +31,7 @@ def is_installed() -> bool:
 def transformers_steps(run: TrainBenchmarkConfig, metrics: Metrics) -> tuple[str, torch.device]:
     """The run's steps on its rows, a line of metrics for each; returns the program's name with its versions, and the device.
 
-    Attention is over whole rows: the class does not know of documents in them. Raises ConfigError where the package has no such model.
+    Attention is over whole rows: the class does not know of documents in them. Raises ConfigError as `class_config` does.
     """
     device, stage = choose_device(run.device), run.stages[0]
     uses_liger = device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
@@ -82,20 +83,28 @@ def transformers_steps(run: TrainBenchmarkConfig, metrics: Metrics) -> tuple[str
     return " + ".join(f"{package} {importlib.metadata.version(package)}" for package in packages), device
 
 
+def class_config(run: TrainBenchmarkConfig) -> dict[str, Any]:
+    """The config of transformers' own class that computes the run's model. Raises ConfigError where it has none."""
+    described = ModelFile(model=run.model, rope=run.stages[0].rope, attention=run.stages[0].attention)
+    precision = "bfloat16" if run.parallel.precision is Precision.BF16 else "float32"
+    values = to_config(described, dtype=precision, token_ids={})
+    if "auto_map" in values:
+        raise ConfigError("stages.0.rope: no class of transformers has layers without positions, or these positions")
+    return values
+
+
 def _build(run: TrainBenchmarkConfig, device: torch.device, *, uses_liger: bool) -> nn.Module:
     """The class of transformers that computes our model, with random weights made on the device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    precision = "bfloat16" if run.parallel.precision is Precision.BF16 else "float32"
-    described = ModelFile(model=run.model, rope=run.stages[0].rope, attention=run.stages[0].attention)
-    values = to_config(described, dtype=precision, token_ids={})
+    values = class_config(run)
     if uses_liger:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
         MODEL_TYPE_TO_APPLY_LIGER_FN[values["model_type"]]()
     with torch.device(device):
         config = AutoConfig.for_model(**values)
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, precision), attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, values["dtype"]), attn_implementation="sdpa")
     assert sum(parameter.numel() for parameter in model.parameters()) == parameter_counts(run.model).total
     model.train()
     if run.checkpointing:

@@ -3,24 +3,17 @@
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from configs.checks import check_vocabulary
-from configs.schema import TrainBenchmarkConfig
-from data.shards import Corpus
 from scripts.figures import short_count
-from scripts.training_benchmark.cases import all_cases
+from scripts.training_benchmark.cases import Case
 from scripts.training_benchmark.measure import Result, measure
 from scripts.training_benchmark.report import write
 
 
-def train_benchmark(config: TrainBenchmarkConfig, folder: Path, facts: Mapping[str, str]) -> list[Result]:
-    """All results; `folder` then holds the files, and what each case left behind in `train/`. Raises ConfigError before the first case
-    where training would refuse one."""
-    cases = all_cases(config)
-    if config.real_data:
-        check_vocabulary(config, corpus=config.data.prepared_dir, vocab_size=Corpus.open(config.data.prepared_dir).vocab_size)
+def train_benchmark(cases: Sequence[Case], folder: Path, facts: Mapping[str, str]) -> list[Result]:
+    """All results; `folder` then holds the files, and what each case left behind in `train/`."""
     shutil.rmtree(folder / "train", ignore_errors=True)
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="training_benchmark-") as scratch:

@@ -17,9 +17,11 @@ Line = tuple[str, str, list[tuple[int, float]]]
 
 FILES = ("train.md", "train.csv", "train.png")
 _NONE = "-"
+_OF_THE_END = ("host_gib", "pinned_gib", "device", "communication", "communication_exposed")
 _HEADER = [
     *("context", "attention", "program"),
     *("tokens/s", "MFU dense-equivalent", "MFU executed", "peak, GiB", "host, GiB", "recompiles", "data wait", "step, s"),
+    "communication (exposed)",
 ]
 
 
@@ -49,7 +51,8 @@ def write(folder: Path, results: Sequence[Result], facts: Mapping[str, str]) -> 
     try:
         write_atomically(text, markdown(results, facts))
         write_atomically(values, to_csv(results, facts))
-        plot_over_lengths(figure, f"Training on {device(results)}, {facts['date']}", series(results))
+        panels = series(results)
+        plot_over_lengths(figure, f"Training on {device(results)}, {facts['date']}", panels, from_zero=panels.keys() - {"tokens/s"})
     except OSError as error:
         raise unwritable(f"output_dir={folder}", error) from None
 
@@ -60,7 +63,7 @@ def _row(result: Result) -> list[str]:
     if result.problem:
         return [*named, result.problem.partition(":")[0], *[_NONE] * (len(_HEADER) - len(named) - 1)]  # the rest is a note
     speed, least, most = result.tokens_per_second
-    mfu = [_NONE if result.steps[0][key] is None else f"{result.median(key):.3f}" for key in ("mfu_dense_equivalent", "mfu_executed")]
+    mfu = [_NONE if (value := _mfu(result, key)) is None else f"{value:.3f}" for key in ("mfu_dense_equivalent", "mfu_executed")]
     host = result.end["host_gib"]
     pinned = f" ({result.end['pinned_gib']:.1f} pinned)" if result.end["pinned_gib"] else ""
     return [
@@ -72,7 +75,13 @@ def _row(result: Result) -> list[str]:
         _NONE if result.recompiles is None else str(result.recompiles),
         f"{result.median('data_wait'):.1%}",
         f"{result.seconds:.3g}",
+        _communication(result),
     ]
+
+
+def _communication(result: Result) -> str:
+    total, exposed = (result.end.get(key) for key in ("communication", "communication_exposed"))
+    return _NONE if total is None else f"{total:.1%}" + ("" if exposed is None else f" ({exposed:.1%})")
 
 
 def _notes(results: Sequence[Result]) -> Iterator[str]:
@@ -89,6 +98,15 @@ def _notes(results: Sequence[Result]) -> Iterator[str]:
         yield f"transformers: {peers[0].end['program']}, SDPA, torch's fused AdamW, {master}, {how} gradient checkpointing, one rank."
     if any(result.case.row is TrainingRow.FRAMEWORK for result in results):
         yield "framework: fp32 master weights and Adam states."
+    spent = [result for result in results if "communication" in result.end]
+    if spent:
+        yield (
+            f"Communication: share of {_counts(spent, 'traced_steps')} more steps in which collectives ran, waiting for later ranks among "
+            "it, and (exposed) in which nothing else did; mean over ranks, of traces in `train/`."
+        )
+    for problem in dict.fromkeys(result.end["communication_problem"] for result in spent):
+        if problem:
+            yield f"Communication is not whole: {problem}."
     for length, settings in _changes(run):
         yield f"From {short_count(length)}: {settings}."
     for result in results:
@@ -132,15 +150,21 @@ def _values(result: Result) -> dict[str, Any]:
         speed, least, most = result.tokens_per_second
         values |= {"tokens_per_second": speed, "slowest": least, "fastest": most, "step_seconds": result.seconds}
         for key in ("mfu_dense_equivalent", "mfu_executed"):
-            values[key] = None if result.steps[0][key] is None else result.median(key)
+            values[key] = _mfu(result, key)
         values |= {"memory_gib": result.steps[-1]["memory_gib"], "recompiles": result.recompiles, "data_wait": result.median("data_wait")}
-    return values | {key: result.end.get(key) for key in ("host_gib", "pinned_gib", "device")}
+    return values | {key: result.end.get(key) for key in _OF_THE_END}
+
+
+def _mfu(result: Result, key: str) -> float | None:
+    """Of the median step; None where the device's peak is not known."""
+    return None if result.steps[0][key] is None else result.median(key)
 
 
 _PANELS: Mapping[str, Callable[[Result], float | None]] = {
     "tokens/s": lambda result: result.tokens_per_second[0],
-    "MFU, executed": lambda result: result.steps[-1]["mfu_executed"],
+    "MFU, executed": lambda result: _mfu(result, "mfu_executed"),
     "peak memory (GiB)": lambda result: result.steps[-1]["memory_gib"],
+    "communication (share of a step)": lambda result: result.end.get("communication"),
 }
 
 

@@ -7,6 +7,7 @@ this process took of the machine.
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from configs.mapping import from_mapping
 from configs.registry import fail
 from configs.schema import ConfigError, TrainBenchmarkConfig, TrainingRow
 from data.shards import Corpus
+from scripts.training_benchmark.communication import TRACE, communication, read_trace, shares, traced
 from scripts.training_benchmark.peer import transformers_steps
-from train.distributed import find_ranks, run_to_end
+from train.distributed import find_ranks, gather_objects, run_to_end
 from train.engine import Engine, processes
 from train.loop import new_model
 from train.metrics import Metrics
@@ -50,9 +52,23 @@ def framework_steps(run: TrainBenchmarkConfig, folder: Path) -> None:
         engine = Engine(model, parallel=run.parallel, optim=run.optim, ranks=ranks)
         trainer = Trainer(run, ranks, corpus, engine, None)
         with Metrics(run, folder, first_step=0, is_main=ranks.is_main) as metrics:
-            while trainer.done < run.total_steps:
+            counted = run.warmup_steps + run.steps
+            while trainer.done < counted:
                 trainer.step(metrics)
-            metrics.event("end", trainer.done, program="", **machine(ranks.device))
+            spent = trace_rest(trainer, metrics, folder) if counted < run.total_steps else {}
+            metrics.event("end", trainer.done, program="", **machine(ranks.device), **spent)
+
+
+def trace_rest(trainer: Trainer, metrics: Metrics, folder: Path) -> dict[str, float | str | None]:
+    """Takes the run's last steps under the profiler, whose traces stay in `folder`; returns the shares of communication."""
+    path = folder / TRACE.format(rank=trainer.ranks.rank)
+    with traced(path, trainer.ranks.device):
+        started = time.perf_counter()
+        while trainer.done < trainer.run.total_steps:
+            trainer.step(metrics)
+        seconds = time.perf_counter() - started
+    found, times = zip(*gather_objects((communication(read_trace(path)), seconds)), strict=True)
+    return shares(found, times)
 
 
 def peer_steps(run: TrainBenchmarkConfig, folder: Path) -> None:

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from configs.registry import REPOSITORY, compose
-from configs.schema import ConfigError, EqualityBenchmarkConfig, LayoutConfig
+from configs.schema import ConfigError, EqualityBenchmarkConfig, LayoutConfig, RunConfig
 from data.prepare import prepare
 from scripts import benchmark as door
-from scripts.training_benchmark.equality import Trained, all_trainings, is_wrong, markdown, to_csv
+from scripts.training_benchmark import equality
+from scripts.training_benchmark.equality import Trained, all_trainings, equality_benchmark, is_wrong, markdown, to_csv
 from tests.train.helpers import corpus_config
 
 FACTS = {"torch": "2", "device": "A GPU", "date": "2026-01-01", "command": "python -m scripts.benchmark equality"}
@@ -34,16 +35,27 @@ def test_each_layout_is_a_training_and_the_first_is_trained_again_in_another_ord
     assert [training.is_noise for training in trainings] == [False, True, False, False, False]
     assert [training.run.parallel.sequence_parallel for training in trainings] == [1, 1, 1, 2, 1]
     assert [training.run.parallel.micro_batch_rows for training in trainings] == [1, 2, 1, 1, 1]
-    assert [[layout.num_ranks for layout, _ in training.launches] for training in trainings] == [[1], [1], [2], [2], [2, 1]]
-    assert {training.run.last_step for training in trainings} == {12} and trainings[-1].run.checkpoint.every_steps == 3
+    assert [[launch.layout.num_ranks for launch in training.launches] for training in trainings] == [[1], [1], [2], [2], [2, 1]]
+    assert {training.run.last_step for training in trainings} == {12}
     rows = all_trainings(config(settings=(*TINY, "parallel.micro_batch_rows=2")))[1]
     assert rows.run.parallel.micro_batch_rows == 1
     assert all_trainings(config("layouts=[{num_ranks: 4}]"))[1].name == "4 ranks, ZeRO 1, again"
 
 
+def test_nothing_is_saved_but_what_a_killed_launch_leaves_to_the_next():
+    *whole, killed = all_trainings(config("elastic=[{num_ranks: 2},{num_ranks: 1},{num_ranks: 2}]"))
+    saves = [compose(RunConfig, config_name="train", overrides=list(launch.settings)).checkpoint for launch in killed.launches]
+    assert [launch.killed_after for launch in killed.launches] == [4, 8, 0]
+    assert [(save.every_steps, save.background, save.at_end) for save in saves] == [(3, False, False), (7, False, False), (0, True, False)]
+    for training in whole:
+        assert (training.run.checkpoint.every_steps, training.run.checkpoint.at_end, training.run.evaluation.rows) == (0, False, 0)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["elastic=[{},{},{},{},{},{},{}]"], "steps=12: must be at least 14, two for each launch of elastic"),
+        (["patience=0"], "patience=0: must be at least 1"),
         (["layouts=[]"], r"layouts=\[\]: must hold at least one"),
         (["layouts=[{zero_stage: 4}]"], "zero_stage=4: must be 0, 1, 2 or 3"),
         (["layouts=[{num_ranks: 1},{num_ranks: 3}]"], "3 ranks, ZeRO 1: .*512.* 3 ranks"),
@@ -62,16 +74,15 @@ def test_what_training_refuses_is_refused_before_the_first(overrides, message):
 def test_the_report_sets_losses_side_by_side():
     first, again, other, *_ = all_trainings(config("layouts=[{num_ranks: 1},{num_ranks: 2}]", "steps=2"))
 
-    def trained(training, losses, norms, stream):
-        lines = [
-            {"step": n + 1, "loss": loss, "grad_norm": norm, "tokens_per_second": 9.0} for n, (loss, norm) in enumerate(zip(losses, norms))
-        ]
-        return Trained(training=training, lines=tuple(lines), stream=stream)
+    def trained(training, losses, norms, code):
+        rows = {"tokens_by": {"source/code": code}, "padding": 0.0, "epochs": {"code": 0.1}, "tokens_per_second": 9.0}
+        lines = [{"step": n + 1, "loss": loss, "grad_norm": norm, **rows} for n, (loss, norm) in enumerate(zip(losses, norms))]
+        return Trained(training=training, lines=tuple(lines))
 
     results = [
-        trained(first, [6.0, 5.0], [2.0, 4.0], {"at": 7}),
-        trained(again, [6.0, 5.001], [2.0, 4.0], {"at": 7}),
-        trained(other, [6.01, 5.0], [2.0, 2.0], {"at": 8}),  # half a gradient, and other rows
+        trained(first, [6.0, 5.0], [2.0, 4.0], 7),
+        trained(again, [6.0, 5.001], [2.0, 4.0], 7),
+        trained(other, [6.01, 5.0], [2.0, 2.0], 8),  # half a gradient, and other rows
         Trained(training=replace(other, name="another"), problem="refused: too large"),
     ]
     assert [is_wrong(result, results[0]) for result in results] == [False, False, True, True]
@@ -88,6 +99,24 @@ def test_the_report_sets_losses_side_by_side():
 
 def test_a_layout_says_what_it_is():
     assert str(LayoutConfig(num_ranks=4, zero_stage=3, sequence_parallel=2)) == "4 ranks, ZeRO 3, SP 2"
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("print('odd', flush=True); raise SystemExit(3)", "training ended with status 3 before its last step"),
+        (
+            "print('odd\\nerror: model.hidden_size=5: too small', flush=True); raise SystemExit(2)",
+            "1 rank, ZeRO 1: model.hidden_size=5: too small",
+        ),
+        ("import time; print('odd', flush=True); time.sleep(60)", "hung: no step after step 0 in patience=1 s"),
+    ],
+)
+def test_a_launch_that_fails_or_hangs_shows_the_end_of_its_log(tmp_path, monkeypatch, capsys, program, message):
+    monkeypatch.setattr(equality, "deepspeed_command", lambda *_, **__: [sys.executable, "-c", program])
+    with pytest.raises(ConfigError, match=message):
+        equality_benchmark(all_trainings(config()), tmp_path, FACTS, patience=1)
+    assert " s, failed; the end of " in (said := capsys.readouterr().err) and "\nodd\n" in said
 
 
 @pytest.fixture
@@ -110,5 +139,8 @@ def test_ranks_zero_sequence_parallelism_and_a_kill_change_nothing_through_the_c
     assert first[-1] < first[0] - 0.3
     for found in losses.values():
         assert found == pytest.approx(first, abs=5e-6)
-    (killed,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| killed: ")]
-    assert "| the same | step " in killed
+    said = capsys.readouterr()
+    (killed,) = [line for line in said.out.splitlines() if line.startswith("| killed: ")]
+    assert "| the same | step 7 " in killed
+    assert "2 ranks, ZeRO 1, launch 1 of 2: " in said.err and said.err.count(" s of them in its ") == 5
+    assert not list(tmp_path.rglob("step_*"))

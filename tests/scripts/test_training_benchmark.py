@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from configs.registry import REPOSITORY, compose, override
-from configs.schema import ConfigError, TrainBenchmarkConfig, TrainingRow
+from configs.schema import ConfigError, MixConfig, TrainBenchmarkConfig, TrainingRow
 from data.loader import build_loader
 from data.prepare import prepare
 from scripts import benchmark as door
@@ -39,6 +39,8 @@ def config(*overrides: str) -> TrainBenchmarkConfig:
         (['attentions=["moba(5)"]'], r"attentions.0: rule='moba\(5\)'"),
         (["rows=[transfomers]"], r"rows.0='transfomers': no such choice, did you mean 'transformers'\?"),
         (["steps=0"], "steps=0: must be at least 1"),
+        (["real_data=true", "data.streaming=true"], "data.streaming=True: real_data=true reads a prepared corpus"),
+        (["profile.steps=1..2"], "profile.steps=1..2: watched steps are slower than those that count"),
         (["changes=[{from_lenght: 5}]"], "changes.0.from_lenght: no such key, did you mean 'changes.0.from_length'"),
         (["parallel.zero=1"], "parallel.zero: no such key, did you mean 'parallel.zero_stage'"),
     ],
@@ -82,6 +84,19 @@ def test_a_case_is_steps_alone_and_fits_any_schedule():
     assert (run.total_steps, run.evaluation.rows, run.logging.wandb, run.model.max_seq_len) == (5, 0, False, 4096)
 
 
+def test_several_ranks_have_steps_to_trace_and_the_peer_is_alone():
+    asked = config("lengths=[128]", "attentions=full", "warmup_steps=1", "steps=3", "num_ranks=2", "parallel.sequence_parallel=2")
+    ours, peer = all_cases(asked)
+    assert (ours.num_ranks, ours.run.parallel.sequence_parallel, ours.run.total_steps) == (2, 2, 6)
+    assert (peer.num_ranks, peer.run.parallel.sequence_parallel, peer.run.total_steps) == (1, 1, 4)
+    found = result(ours, [9, 1, 2, 3, 50, 50], spent={"communication": 0.25, "communication_exposed": 0.125, "communication_problem": None})
+    assert [line["step_seconds"] for line in found.steps] == [1, 2, 3]
+    text = markdown([found, result(peer, [1, 1, 1, 1])], FACTS)
+    assert series([found])["communication (share of a step)"] == [("framework", "full", [(128, 0.25)])]
+    assert text.count(" 25.0% (12.5%) |") == 1 and "share of 2 more steps" in text
+    assert next(csv.DictReader(to_csv([found], FACTS).splitlines()))["communication_exposed"] == "0.125"
+
+
 def test_changes_hold_from_their_length_on():
     asked = config(
         "lengths=[128,256,512]",
@@ -101,6 +116,17 @@ def test_changes_hold_from_their_length_on():
         (["num_ranks=2", "lengths=[128]", "batch_tokens=2048", "parallel.micro_batch_rows=3"], "full at 128 tokens: .* 2 ranks"),
         (['attentions=["last 9 full, rest moba"]', "lengths=[128]"], "attention.rule|rule="),
         (["lengths=[128]", 'changes=[{settings: ["parallel.zero_stage=9"]}]'], "parallel.zero_stage=9: accepted"),
+        (["lengths=[128]", "parallel.loss=liger"], "framework, full at 128 tokens: parallel.loss=liger: the device is cpu; accepted: cuda"),
+        (
+            ["lengths=[128]", 'attentions=["moba(64, 2)"]', "attention.backend=triton"],
+            r"framework, moba\(64, 2\) at 128 tokens: stages.0.attention.backend=triton: .* q is on cpu",
+        ),
+        (["lengths=[128]", "model.key_conv=3"], r"transformers, full at 128 tokens: model.key_conv=3: no class .* rows=\[framework\]"),
+        (
+            ["lengths=[128]", "stages.0.rope.nope='last 1'"],
+            "transformers, full at 128 tokens: stages.0.rope: no class .* without positions",
+        ),
+        (["lengths=[128]", "real_data=true", "data.prepared_dir=nowhere"], "nowhere"),
     ],
 )
 def test_what_training_refuses_is_refused_before_the_first_case(overrides, message):
@@ -108,7 +134,36 @@ def test_what_training_refuses_is_refused_before_the_first_case(overrides, messa
         all_cases(config(*overrides))
 
 
-def test_every_comparison_composes():
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "model=tiny", "lengths=64", "device=cuda"], "device=cuda: rank 0 of this machine needs a GPU"),
+        (["train", "model=tiny", "lengths=64", "device=cpu", "parallel.loss=liger"], "parallel.loss=liger: the device is cpu"),
+        (["train", "model=tiny", "lengths=64", "device=cpu", "activation.rule=offload"], "host memory for 1 ranks"),
+        (
+            ["equality", 'settings=["model=tiny","device=cuda","stages.0.seq_len=128"]', "steps=1"],
+            "1 rank, ZeRO 1: device=cuda: rank 0 of this machine needs a GPU",
+        ),
+    ],
+)
+def test_what_this_machine_cannot_do_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("train.memory.free_host_memory", lambda: 1000)
+    monkeypatch.setattr(sys, "argv", ["benchmark", *words, f"output_dir={tmp_path / 'new'}"])
+    with pytest.raises(SystemExit) as end:
+        door.main()
+    assert end.value.code == 2 and not (tmp_path / "new").exists()
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and message in said
+
+
+def test_the_mix_is_of_a_real_corpus_alone():
+    asked = config("lengths=[128]", "mix.sources=[{name: sotu, weight: 1}]")
+    assert all(case.stage.mix == MixConfig() for case in all_cases(asked))
+
+
+def test_every_comparison_composes(monkeypatch):
+    monkeypatch.setattr("train.memory.free_host_memory", lambda: 10**12)  # of the machines that they are written for
     for path in sorted((REPOSITORY / "configs" / "comparison").glob("*.yaml")):
         cases = all_cases(compose(TrainBenchmarkConfig, config_name="benchmark_train", overrides=[f"comparison={path.stem}"]))
         assert all(case.run.steps >= 1 for case in cases)
@@ -130,14 +185,22 @@ def test_rows_of_the_made_corpus_are_whole_documents(tmp_path):
 # --- what cases leave behind -----------------------------------------------------------------------------------------------------------
 
 
-def result(case: Case, seconds: list[float], *, recompiles: list[int] | None = None, mfu: float | None = 0.4, problem: str = "") -> Result:
+def result(
+    case: Case,
+    seconds: list[float],
+    *,
+    recompiles: list[int] | None = None,
+    mfu: float | None = 0.4,
+    problem: str = "",
+    spent: dict | None = None,
+) -> Result:
     lines = [
         {"step": n, "step_seconds": s, "mfu_dense_equivalent": mfu, "mfu_executed": mfu, "memory_gib": 10.0 + n, "data_wait": 0.01 * n}
         for n, s in enumerate(seconds)
     ]
     for line, count in zip(lines, recompiles or []):
         line["recompiles"] = count
-    end = {} if problem else {"program": "transformers 5", "device": "A GPU", "host_gib": 3.0, "pinned_gib": 0.0}
+    end = {} if problem else {"program": "transformers 5", "device": "A GPU", "host_gib": 3.0, "pinned_gib": 0.0, **(spent or {})}
     return Result(case=case, lines=tuple(lines), problem=problem, end=end)
 
 
@@ -155,7 +218,7 @@ def test_the_report_says_what_was_measured():
     assert results[0].tokens_per_second == (tokens / 2, tokens / 4, tokens / 1)
     assert results[0].recompiles == 1 and results[2].recompiles is None
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown(results, FACTS).splitlines() if line.startswith("| 1K")]
-    assert rows[0][1:] == ["full", "framework", "4,096 (2,048 to 8,192)", "0.400", "0.400", "14.0", "3.0", "1", "3.0%", "2"]
+    assert rows[0][1:] == ["full", "framework", "4,096 (2,048 to 8,192)", "0.400", "0.400", "14.0", "3.0", "1", "3.0%", "2", "-"]
     assert rows[1][1:5] == ["moba(64, 2)", "framework", "out of memory", "-"]
     assert rows[2][1:7] == ["full", "transformers", "4,096 (4,096 to 4,096)", "-", "-", "14.0"]
     values = list(csv.DictReader(to_csv(results, FACTS).splitlines()))
@@ -167,6 +230,8 @@ def test_the_report_says_what_was_measured():
     panels = series(results)
     assert panels["tokens/s"] == [("framework", "full", [(1024, 4096.0)]), ("transformers", "full", [(1024, 4096.0)])]
     assert panels["MFU, executed"] == [("framework", "full", [(1024, 0.4)])]
+    assert panels["peak memory (GiB)"] == [(program, "full", [(1024, 14.0)]) for program in ("framework", "transformers")]
+    assert list(panels) == ["tokens/s", "MFU, executed", "peak memory (GiB)"]  # of one rank; what nothing has is no panel
 
 
 @pytest.mark.parametrize(
@@ -251,3 +316,5 @@ def test_several_ranks_and_a_real_corpus(tmp_path):
     found = measure(case, tmp_path / "case", tmp_path)
     assert found.problem == "", (tmp_path / "case" / LOG_FILE).read_text()
     assert len(found.steps) == 1 and next(iter(found.lines[0]["tokens_by"])).startswith("source/")
+    assert len(found.lines) == 4 and 0 < found.end["communication"] < 1 and found.end["communication_exposed"] is None
+    assert len(list((tmp_path / "case").glob("trace_rank_0000?.json.gz"))) == 2

@@ -334,6 +334,12 @@ def test_retention_keeps_the_last_and_the_multiples(corpus, ranks, tmp_path):
     assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "step_00000008"
 
 
+def test_a_run_that_is_thrown_away_saves_what_is_due_and_not_its_end(corpus, ranks, tmp_path):
+    train(make_run(corpus, tmp_path / "run", "checkpoint.every_steps=5", "checkpoint.at_end=false"), ranks)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_00000005"]
+    assert len(steps(tmp_path / "run")) == STEPS
+
+
 def test_a_checkpoint_of_another_model_is_refused(finished, corpus, ranks, tmp_path):
     source = finished / "checkpoints" / CHECKPOINTS[1]
     with pytest.raises(ConfigError, match=r"model.ffn_size is 176 in the checkpoint of step 8 and 128 here"):
