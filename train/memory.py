@@ -8,8 +8,10 @@ import torch
 
 from configs.layers import LayerAttention
 from configs.schema import AttentionBackend, ConfigError, RunConfig, StageConfig
+from model.accounting import parameter_counts
 from model.memory import PassBytes, pass_bytes
 from train.distributed import Ranks, gather_objects
+from train.fragments import STATE_BYTES
 from train.kernels import compute_dtype, triton_refusal
 
 # Of a container, by version of cgroups: its limit, what counts against it, and where its statistics say what of that can be had back.
@@ -53,20 +55,33 @@ def _triton_serves(run: RunConfig, stage: StageConfig, attention: Sequence[Layer
     return chosen and not any(triton_refusal(run, stage, kind, gpu, world_size=world_size) for kind in attention if kind.kind == "moba")
 
 
-def check_host_memory(run: RunConfig, ranks: Ranks, stages: Sequence[StageConfig]) -> None:
-    """Raises ConfigError where what one of `stages` offloads, on all ranks of a machine, is more than it has free."""
+def check_host_memory(run: RunConfig, ranks: Ranks) -> None:
+    """Raises ConfigError where a machine has not free what its ranks will keep there: what a stage offloads, those to come too, and the
+    copy that checkpoints are written from. What is free is read now, before model and optimizer are made."""
+    copied = STATE_BYTES * parameter_counts(run.model).total / ranks.world_size if run.checkpoint.background else 0
     machines = gather_objects((socket.gethostname(), free_host_memory()))
-    for stage in stages:
-        host = stage_bytes(run, stage, world_size=ranks.world_size, gpu=ranks.device.type == "cuda").host
+    for index, stage in enumerate(run.stages):
+        offloaded = stage_bytes(run, stage, world_size=ranks.world_size, gpu=ranks.device.type == "cuda").host
         for name in dict.fromkeys(name for name, _ in machines):
             free = [left for other, left in machines if other == name]
-            if (needed := host * len(free)) > min(free):
-                count = stage.activation.per_layer(run.model.num_layers).count("offload")
-                raise ConfigError(
-                    f"stages.{run.stages.index(stage)}.activation.rule={stage.activation.rule!r}: the inputs of {count} layers take "
-                    f"{needed / 1e9:.4g} GB of host memory for {len(free)} ranks, {name} has {min(free) / 1e9:.4g} GB free; offload at "
-                    f"most {count * min(free) // needed} layers, or shorten the rows"
-                )
+            if (offloaded + copied) * len(free) > min(free):
+                raise ConfigError(_no_room(run, index, offloaded * len(free), copied * len(free), f"{len(free)} ranks", name, min(free)))
+
+
+def _no_room(run: RunConfig, index: int, offloaded: float, copied: float, ranks: str, machine: str, free: int) -> str:
+    """What takes more than `free` bytes of a machine's memory in a stage, and what would take less."""
+    stage = run.stages[index]
+    count = stage.activation.per_layer(run.model.num_layers).count("offload")
+    kept, remedies = [], []
+    if offloaded:
+        kept.append(f"the inputs of {count} layers take {offloaded / 1e9:.4g} GB")
+        remedies += [f"offload at most {max(0, int(count * (free - copied) // offloaded))} layers", "shorten the rows"]
+    if copied:
+        kept.append(f"the checkpoint's copy takes {copied / 1e9:.4g} GB")
+        remedies.append("set checkpoint.background=false")
+    key = f"stages.{index}.activation.rule={stage.activation.rule!r}" if offloaded else "checkpoint.background=true"
+    told = f"{' and '.join(kept)} of host memory for {ranks}, {machine} has {free / 1e9:.4g} GB free"
+    return f"{key}: {told}; {' or '.join(remedies)}"
 
 
 def free_host_memory() -> int:
