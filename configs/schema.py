@@ -752,6 +752,11 @@ class CheckpointConfig:
         _at_least(self, 0, "every_steps", "keep_every")
         _at_least(self, 1, "keep_last")
 
+    @property
+    def copies(self) -> bool:
+        """Whether a run that is not interrupted makes the copy."""
+        return self.background and (self.every_steps > 0 or self.at_end)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:

@@ -125,10 +125,13 @@ def flops_per_token(config: ModelConfig, attention: Sequence[LayerAttention], le
     return flops.dense_equivalent / tokens, flops.executed / tokens
 
 
-def exchange_bytes(config: ModelConfig, *, tokens: int, degree: int, itemsize: int) -> int:
-    """Bytes that a rank sends to others around one layer's attention, forward and backward, for its `tokens` of rows that `degree` share.
+def exchange_bytes(config: ModelConfig, activation: str, *, tokens: int, degree: int, itemsize: int) -> int:
+    """Bytes that a rank sends to others around one layer's attention, in all passes, for its `tokens` of rows that `degree` share.
 
-    Each way q, k, v and the output of all heads (`model.sequence_parallel`), of which 1/degree stays; `itemsize` bytes a number.
+    In a pass q, k, v and the output of all heads (`model.sequence_parallel`), of which 1/degree stays; `itemsize` bytes a number. They
+    go there in the forward and back in the backward pass, and there once more where the layer's `activation`
+    (`configs.layers.ACTIVATIONS`) has anything computed again: `selective` keeps what attention gave, by heads, but not what was exchanged.
     """
     heads = 2 * (config.num_heads + config.num_kv_heads * config.kv_copies(degree))
-    return 2 * tokens * heads * config.head_dim * itemsize * (degree - 1) // degree
+    passes = 2 if activation == "none" else 3
+    return passes * tokens * heads * config.head_dim * itemsize * (degree - 1) // degree

@@ -4,6 +4,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +28,7 @@ class _Kept:
 
 class HostMemory:
     """Slots of exactly the size that is asked for, used again from step to step: on a CUDA machine page-locked, with copies on a stream
-    of their own. On a CPU the same copies are made at once.
-
-    PyTorch's own page-locked memory comes in powers of two: 8 GiB for the 5 GiB of a row of 1M tokens.
-    """
+    of their own. On a CPU the same copies are made at once."""
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []
@@ -100,13 +98,39 @@ class HostMemory:
         if fitting:
             return self._free.pop(min(fitting, key=lambda index: len(self._free[index])))
         self._free.clear()
-        return _page_locked(size) if device.type == "cuda" else torch.empty(size, dtype=torch.uint8)
+        return host_bytes(size, device)
 
 
-def _page_locked(size: int) -> Tensor:
-    """`size` bytes that the device copies from and to by itself, uint8 `[size]`."""
+def host_bytes(size: int, device: torch.device) -> Tensor:
+    """`size` bytes of host memory, uint8 `[size]`, page-locked where a CUDA `device` is to copy from and to them by itself.
+
+    PyTorch's own page-locked memory comes in powers of two: 8 GiB for the 5 GiB of a row of 1M tokens.
+    """
     memory = torch.empty(size, dtype=torch.uint8)
-    runtime, address = torch.cuda.cudart(), memory.data_ptr()
-    torch.cuda.check_error(runtime.cudaHostRegister(address, size, 0))
-    weakref.finalize(memory, runtime.cudaHostUnregister, address)
+    if device.type == "cuda":
+        runtime, address = torch.cuda.cudart(), memory.data_ptr()
+        torch.cuda.check_error(runtime.cudaHostRegister(address, size, 0))
+        page_locked.add(size)
+        weakref.finalize(memory, _unlock, runtime, address, size)
     return memory
+
+
+def _unlock(runtime: Any, address: int, size: int) -> None:
+    runtime.cudaHostUnregister(address)
+    page_locked.add(-size)
+
+
+@dataclass
+class PageLocked:
+    """Bytes that `host_bytes` has page-locked in this process; PyTorch counts its own alone."""
+
+    now: int = 0
+    peak: int = 0
+
+    def add(self, size: int) -> None:
+        """Counts `size` more; less, where it is negative."""
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+page_locked = PageLocked()

@@ -129,6 +129,11 @@ class _Shapes:
         """Whether full attention goes document by document (`model.ops.full`)."""
         return self.rows > 1 and not (self.gpu and self.itemsize == 2 and self.seq_len < CUDNN_LENGTH)
 
+    def is_unfused(self, attention: LayerAttention) -> bool:
+        """Whether a layer holds the weights of its attention, `[Hq, S, S]` of a document of S tokens: for fp32 on a GPU PyTorch has one
+        fused kernel, the memory-efficient one, which does not take query heads that share keys."""
+        return attention.kind == "full" and self.gpu and self.itemsize == 4 and self.config.num_heads != self.config.num_kv_heads
+
     def norm(self, width: int, heads: int = 1) -> int:
         """Per token: RMSNorm's output, 1/rms in fp32, and its input; where it is no kernel, input and quotient in fp32."""
         return width * (2 * self.itemsize if self.gpu else self.itemsize + 8) + 4 * heads
@@ -161,9 +166,9 @@ class _Shapes:
 
     def kept(self, attention: LayerAttention, activation: str) -> int:
         """Bytes per token that one layer keeps on the device."""
-        if activation == "selective":
+        if activation == "selective" and not self.is_unfused(attention):  # which is no operator whose output it keeps
             return self.input + self.itemsize * self.q_size + self.log_sum_exp_and_ids(attention)
-        return {"none": self.layer(attention), "full": self.input, "offload": 0}[activation]
+        return {"none": self.layer(attention), "selective": self.input, "full": self.input, "offload": 0}[activation]
 
     def computed_again(self, attention: LayerAttention, activation: str) -> int:
         """Bytes per token that are there again, of what one layer did not keep, when its backward pass begins."""
@@ -187,6 +192,8 @@ class _Shapes:
         if config.key_conv:
             saved += 8 * self.sequence_parallel  # the place in its document of each token of whole rows
             wide += 2 * self.kv_size  # keys before the convolution, and before its SiLU
+        if self.is_unfused(attention):  # weights in place of log-sum-exp and output; k and v copied for each query head
+            return saved + 4 * config.num_heads * (self.seq_len - 1) + self.itemsize * (wide + 2 * (self.q_size - self.kv_size))
         joined = (attention.kind == "full" and self.is_joined) or (attention.kind == "moba" and not self.triton)
         if joined or self.sequence_parallel > 1:
             wide += self.q_size  # outputs by document, by group of heads or of all heads by rank come together in a copy
@@ -204,7 +211,9 @@ class _Shapes:
             freed += 4 * self.itemsize * tokens * ffn_size
         gradients = self.itemsize * tokens * (2 * self.q_size + 2 * self.kv_size)
         if attention.kind != "moba":
-            return max(ffn, gradients + 4 * tokens * self.q_size - freed)  # fused kernels sum dq in fp32
+            # Three of the size of a document's weights, measured on an H200; fused kernels sum dq in fp32.
+            weights = 12 * self.config.num_heads * self.seq_len * (tokens // self.rows) if self.is_unfused(attention) else 0
+            return max(ffn, gradients + weights + 4 * tokens * self.q_size - freed)
         copies = 0 if self.triton else 4 * tokens * (2 * self.q_size + 2 * self.kv_size)  # fp32 rows and blocks
         return max(ffn, gradients + self.gate_and_slots(attention) + copies - freed)
 

@@ -21,6 +21,8 @@ from train.weights import Shape
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE_BYTES = 4 * (1 + len(MOMENTS))
+"""Of one parameter in all fragments."""
 _FILE_BYTES = 2**30
 
 

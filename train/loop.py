@@ -11,10 +11,11 @@ from data.loader import OpenCorpus, open_corpus
 from model.init import initialise
 from model.transformer import Transformer
 from train import checkpoint
-from train.distributed import Ranks, on_main, sum_over_ranks
+from train.distributed import Ranks, gather_objects, on_main, sum_over_ranks
 from train.engine import Engine
 from train.initial import begin_from, note_beginning
 from train.kernels import check_attention, check_loss
+from train.memory import check_host_memory, this_machine
 from train.metrics import Metrics
 from train.profiling import Profiler
 from train.run_dir import CHECKPOINTS, own_run_dir, record_launch
@@ -44,6 +45,7 @@ def train(run: RunConfig, ranks: Ranks) -> None:
     check_heldout(run, corpus)
     check_attention(run, ranks.device, world_size=ranks.world_size)
     check_loss(run, ranks.device)
+    check_host_memory(run, gather_objects(this_machine()), gpu=ranks.device.type == "cuda")
     with contextlib.ExitStack() as held:
         folder = on_main(ranks, lambda: held.enter_context(own_run_dir(run)))
         _train(run, ranks, corpus, folder, interrupt)

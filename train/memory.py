@@ -8,7 +8,9 @@ import torch
 
 from configs.layers import LayerAttention
 from configs.schema import AttentionBackend, ConfigError, RunConfig, StageConfig
+from model.accounting import parameter_counts
 from model.memory import PassBytes, pass_bytes
+from train.fragments import STATE_BYTES
 from train.kernels import compute_dtype, triton_refusal
 
 # Of a container, by version of cgroups: its limit, what counts against it, and where its statistics say what of that can be had back.
@@ -52,20 +54,33 @@ def _triton_serves(run: RunConfig, stage: StageConfig, attention: Sequence[Layer
     return chosen and not any(triton_refusal(run, stage, kind, gpu, world_size=world_size) for kind in attention if kind.kind == "moba")
 
 
-def check_host_memory(run: RunConfig, stages: Sequence[StageConfig], machines: Sequence[tuple[str, int]], *, gpu: bool) -> None:
-    """Raises ConfigError where what one of `stages` offloads, on all ranks of a machine, is more than it has free; `machines` has what
-    each rank says of its own, `this_machine`."""
-    for stage in stages:
-        host = stage_bytes(run, stage, world_size=len(machines), gpu=gpu).host
+def check_host_memory(run: RunConfig, machines: Sequence[tuple[str, int]], *, gpu: bool) -> None:
+    """Raises ConfigError where a machine has not free what its ranks will keep there: what a stage offloads, those to come too, and the
+    copy that checkpoints are written from. `machines` has what each rank says of its own, `this_machine`, before model and optimizer are
+    made."""
+    copied = STATE_BYTES * parameter_counts(run.model).total / len(machines) if run.checkpoint.copies else 0
+    for index, stage in enumerate(run.stages):
+        offloaded = stage_bytes(run, stage, world_size=len(machines), gpu=gpu).host
         for name in dict.fromkeys(name for name, _ in machines):
             free = [left for other, left in machines if other == name]
-            if (needed := host * len(free)) > min(free):
-                count = stage.activation.per_layer(run.model.num_layers).count("offload")
-                raise ConfigError(
-                    f"stages.{run.stages.index(stage)}.activation.rule={stage.activation.rule!r}: the inputs of {count} layers take "
-                    f"{needed / 1e9:.4g} GB of host memory for {len(free)} ranks, {name} has {min(free) / 1e9:.4g} GB free; offload at "
-                    f"most {count * min(free) // needed} layers, or shorten the rows"
-                )
+            if (offloaded + copied) * len(free) > min(free):
+                raise ConfigError(_no_room(run, index, offloaded * len(free), copied * len(free), f"{len(free)} ranks", name, min(free)))
+
+
+def _no_room(run: RunConfig, index: int, offloaded: float, copied: float, ranks: str, machine: str, free: int) -> str:
+    """What takes more than `free` bytes of a machine's memory in a stage, and what would take less."""
+    stage = run.stages[index]
+    count = stage.activation.per_layer(run.model.num_layers).count("offload")
+    kept, remedies = [], []
+    if offloaded:
+        kept.append(f"the inputs of {count} layers take {offloaded / 1e9:.4g} GB")
+        remedies += [f"offload at most {max(0, int(count * (free - copied) // offloaded))} layers", "shorten the rows"]
+    if copied:
+        kept.append(f"the checkpoint's copy takes {copied / 1e9:.4g} GB")
+        remedies.append("set checkpoint.background=false")
+    key = f"stages.{index}.activation.rule={stage.activation.rule!r}" if offloaded else "checkpoint.background=true"
+    told = f"{' and '.join(kept)} of host memory for {ranks}, {machine} has {free / 1e9:.4g} GB free"
+    return f"{key}: {told}; {' or '.join(remedies)}"
 
 
 def this_machine() -> tuple[str, int]:

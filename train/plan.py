@@ -14,7 +14,7 @@ from configs.schema import AttentionBackend, ConfigError, ParallelConfig, PlanCo
 from data.manifest import FILE_NAME
 from data.mix import MixReport, report
 from data.shards import Corpus
-from model.accounting import TrainingFlops, exchange_bytes, parameter_counts, training_flops
+from model.accounting import TrainingFlops, parameter_counts, training_flops
 from model.memory import PassBytes, effective, reach
 from model.transformer import Transformer
 from train import checkpoint
@@ -25,7 +25,7 @@ from train.initial import open_initial
 from train.kernels import check_attention, compute_dtype, triton_refusal
 from train.memory import stage_bytes
 from train.optim import build_optimizer
-from train.traffic import GATHERED, Exchange, Traffic, exchange, traffic
+from train.traffic import GATHERED, Exchange, Traffic, exchange, row_bytes, traffic
 from train.trainer import check_heldout, check_mixes
 
 # What a run is planned for, whether this machine has one or not.
@@ -185,7 +185,13 @@ def _plan_stage(config: PlanConfig, stage: StageConfig) -> StagePlan:
     flops = training_flops(config.model, attention, [stage.seq_len] * stage.rows)
     seconds = flops.executed / (config.num_gpus * GPUS[config.gpu].peak_flops * config.mfu)
     num_parameters = parameter_counts(config.model).total
-    sent = traffic(config.parallel, num_parameters=num_parameters, world_size=config.num_gpus, micro_batches=micro_batches)
+    sent = traffic(
+        config.parallel,
+        num_parameters=num_parameters,
+        world_size=config.num_gpus,
+        micro_batches=micro_batches,
+        rows=row_bytes(config, stage),
+    )
     return StagePlan(
         stage=stage,
         attention=attention,
@@ -216,14 +222,6 @@ def _stage_notes(config: PlanConfig, plan: StagePlan, index: int) -> list[str]:
             )
         elif refused := _leaves_triton(config, plan.stage, kind):
             notes.append(f"stages.{index}.attention.backend=auto: takes torch for {kind}, slow on a GPU, as triton does not: {refused}")
-    if (degree := config.parallel.sequence_parallel) > 1:
-        tokens = plan.micro_batch_rows * plan.stage.seq_len // degree
-        sent = exchange_bytes(config.model, tokens=tokens, degree=degree, itemsize=compute_dtype(config.parallel.precision).itemsize)
-        step = sent * config.model.num_layers * plan.micro_batches
-        notes.append(
-            f"stages.{index}: {degree} ranks share a row; each sends the others {sent / 1e6:,.0f} MB a layer and micro-batch, "
-            f"{step / 1e9:,.1f} GB a step, which the time leaves out"
-        )
     memory = GPUS[config.gpu].memory
     if plan.memory > memory:
         parts = {

@@ -131,17 +131,19 @@ def _communication(plan: Plan) -> str:
     rows = []
     for stage in plan.stages:
         sent, times = stage.sent, stage.exchange
-        sizes = [gigabytes(part) for part in (sent.gradients, sent.weights, sent.total)]
+        sizes = [gigabytes(part) for part in (sent.gradients, sent.weights, sent.rows, sent.total)]
         seconds = [digits(part) for part in (times.inside, times.between, times.exposed, stage.seconds + times.exposed)]
         rows.append([stage.stage.name, *sizes, *seconds])
-    columns = ["gradients", "weights", "together", "s inside a node", "s between nodes", "s exposed", "s a step with it"]
+    columns = ["gradients", "weights", "shared rows", "together", "s inside a node", "s between nodes", "s exposed", "s a step with it"]
     overlap = (
         "alongside computing, and what computing does not cover is exposed" if config.parallel.zero_stage == 3 else "all of it exposed"
     )
+    degree = config.parallel.sequence_parallel
+    shared = f"Attention waits for what the {degree} ranks that share a row exchange, so that is exposed. " if degree > 1 else ""
     network = config.network or gpu.network / 1e9
     links = f"{gpu.link / 1e9:g} GB/s a GPU inside a node of {config.gpus_per_node} and {network:g} GB/s a GPU between nodes"
     return table(["GB sent a GPU and step", *columns], rows) + (
-        f"\n\nRings over all GPUs at {links}, one way, without latency; the slower of both counts, {overlap}. "
+        f"\n\nRings over all GPUs at {links}, one way, without latency; the slower of both counts, {overlap}. {shared}"
         "Where mfu is of a run on as many nodes, it is in there already."
     )
 

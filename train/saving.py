@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from configs.schema import CheckpointConfig, ConfigError
+from model.host_memory import host_bytes
 from train.checkpoint import ENGINE, TrainingState, files_of, fingerprint, rng_file, steps_of, sync_folder
 from train.distributed import Ranks, gather_objects, on_main
 from train.engine import Engine
@@ -48,7 +49,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
     def __init__(self, root: Path, engine: Engine, config: CheckpointConfig, ranks: Ranks) -> None:
         self._root, self._engine, self._config, self._ranks = root, engine, config, ranks
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)  # the threads' own: the default group is the step loop's
-        self._host: dict[str, torch.Tensor] = {}
+        self._host = torch.empty(0, dtype=torch.uint8)
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._saved: list[Saved] = []
@@ -96,14 +97,16 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         dist.destroy_process_group(self._group)
 
     def _copy(self, fragments: list[Fragment]) -> list[Fragment]:
-        pinned = self._ranks.device.type == "cuda"
-        for fragment in fragments:
-            if fragment.key not in self._host:  # pinning costs more than the copy: the memory is kept
-                self._host[fragment.key] = torch.empty(fragment.values.shape, dtype=fragment.values.dtype, pin_memory=pinned)
-            self._host[fragment.key].copy_(fragment.values, non_blocking=True)
-        if pinned:
+        sizes = [fragment.values.nbytes for fragment in fragments]
+        if len(self._host) < sum(sizes):  # page-locking costs more than the copy: the memory is kept
+            self._host = host_bytes(sum(sizes), self._ranks.device)
+        copied = []
+        for fragment, part in zip(fragments, self._host[: sum(sizes)].split(sizes), strict=True):
+            values = part.view(fragment.values.dtype).view(fragment.values.shape)
+            copied.append(replace(fragment, values=values.copy_(fragment.values, non_blocking=True)))
+        if self._ranks.device.type == "cuda":
             torch.cuda.synchronize()
-        return [replace(fragment, values=self._host[fragment.key]) for fragment in fragments]
+        return copied
 
     def _keep_outcome(self, beside: Path, fragments: list[Fragment], rng: torch.Tensor, state: TrainingState, held: float) -> None:
         started = time.perf_counter()

@@ -20,7 +20,7 @@ from train.engine import Engine
 from train.evaluate import HeldoutLosses, heldout_losses
 from train.gates import by_layer, heldout_gates
 from train.gpus import peak_flops
-from train.memory import check_host_memory, stage_bytes, this_machine
+from train.memory import stage_bytes
 from train.metrics import Metrics, memory_gib
 from train.optim import learning_rate
 from train.run_dir import HELDOUT, git_state, write_atomically
@@ -208,10 +208,9 @@ def check_mixes(run: RunConfig, corpus: OpenCorpus) -> None:
 
 def dry_run(run: RunConfig, engine: Engine, ranks: Ranks, first_step: int) -> None:
     """One synthetic micro-batch, of the stage still to come that needs most, with weight 0, before anything is written: memory trouble
-    shows now, not at night. Raises ConfigError where it does not fit in the GPU's memory, or in the machine's what it offloads."""
+    shows now, not at night. Raises ConfigError where it does not fit in the GPU's memory."""
     to_come = run.stages[place_of(run, first_step).index :]
     gpu = ranks.device.type == "cuda"
-    check_host_memory(run, to_come, gather_objects(this_machine()), gpu=gpu)
     stage = max(to_come, key=lambda stage: stage_bytes(run, stage, world_size=ranks.world_size, gpu=gpu).peak)
     shape = (run.micro_batch_rows(stage, ranks.world_size), stage.seq_len)
     enter_stage(engine.module, run, stage)

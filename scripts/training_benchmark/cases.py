@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from configs.checks import check_run, check_vocabulary
 from configs.registry import override
 from configs.schema import (
+    CheckpointConfig,
     ConfigError,
     EvaluationConfig,
     LoggingConfig,
@@ -104,6 +105,7 @@ def _run(config: TrainBenchmarkConfig, length: int, rule: str) -> TrainBenchmark
         model=replace(config.model, max_seq_len=max(config.model.max_seq_len, length)),
         optim=replace(config.optim, schedule=ScheduleKind.CONSTANT, warmup_fraction=0.0, warmup_tokens=0, decay_tokens=0),
         evaluation=EvaluationConfig(rows=0),
+        checkpoint=CheckpointConfig(every_steps=0, at_end=False),
         logging=LoggingConfig(progress=False),
     )
 

@@ -13,4 +13,4 @@ def check_training(run: RunConfig, *, num_ranks: int) -> None:
     device = choose_device(run.device, num_ranks - 1)
     check_attention(run, device, world_size=num_ranks)
     check_loss(run, device)
-    check_host_memory(run, run.stages, [this_machine()] * num_ranks, gpu=device.type == "cuda")
+    check_host_memory(run, [this_machine()] * num_ranks, gpu=device.type == "cuda")

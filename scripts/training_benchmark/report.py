@@ -90,7 +90,7 @@ def _notes(results: Sequence[Result]) -> Iterator[str]:
     yield f"Context: tokens of a row × rows of a step; {shapes}. Tokens/s: of all ranks, by the median step (slowest to fastest)."
     yield f"Steps of a case: {_counts(results, 'warmup_steps')} to warm up, {_counts(results, 'steps')} that count."
     yield "MFU: of the GPUs' bf16 peak, recomputation not counted; dense-equivalent as if all layers were full attention."
-    yield "Peak: of the whole process on the GPU (on a CPU, resident). Host: most that was resident, and what torch pinned."
+    yield "Peak: of the whole process on the GPU (on a CPU, resident). Host: most that was resident, and that was pinned for the GPU."
     peers = [result for result in results if result.case.row is TrainingRow.TRANSFORMERS and result.end]
     if peers:
         how = "with" if run.checkpointing else "without"

@@ -17,6 +17,7 @@ from configs.mapping import from_mapping
 from configs.registry import fail
 from configs.schema import ConfigError, TrainBenchmarkConfig, TrainingRow
 from data.shards import Corpus
+from model.host_memory import page_locked
 from scripts.training_benchmark.communication import TRACE, communication, read_trace, shares, traced
 from scripts.training_benchmark.peer import transformers_steps
 from train.distributed import find_ranks, gather_objects, run_to_end
@@ -79,13 +80,14 @@ def peer_steps(run: TrainBenchmarkConfig, folder: Path) -> None:
 
 
 def machine(device: torch.device) -> dict[str, str | float | None]:
-    """The device, and GiB of this machine's memory that the process held at most: resident, and pinned for the GPU."""
+    """The device, and GiB of this machine's memory that the process held at most: resident, and pinned for the GPU, by torch
+    and by `model.host_memory`: the most of the one and the most of the other."""
     # getrusage would count the memory of the process that started this one too.
     resident = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     assert resident
     pinned = None
     if device.type == "cuda":
-        pinned = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0) / 2**30
+        pinned = (torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0) + page_locked.peak) / 2**30
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "host_gib": int(resident[1]) / 2**20,

@@ -3,12 +3,14 @@ host memory that comes back."""
 
 import gc
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.schema import ActivationConfig, ConfigError
+from model import host_memory
 from model.activations import ATTENTION
 from model.transformer import Transformer
 from tests.model.helpers import build, pack, tiny_config
@@ -153,6 +155,20 @@ def test_a_model_refuses_what_does_not_fit_it():
         model.set_activation(("none", "full", "some"))
 
 
+def test_page_locked_bytes_are_counted_while_they_live(monkeypatch):
+    runtime = SimpleNamespace(cudaHostRegister=lambda address, size, flags: 0, cudaHostUnregister=lambda address: 0)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda status: None)
+    monkeypatch.setattr(host_memory, "page_locked", host_memory.PageLocked())
+    gpu = torch.device("cuda")
+    first, second = (host_memory.host_bytes(size, gpu) for size in (100, 50))
+    del first
+    third = host_memory.host_bytes(30, gpu)
+    assert len(second) + len(third) == host_memory.page_locked.now == 80 and host_memory.page_locked.peak == 150
+    host_memory.host_bytes(1000, torch.device("cpu"))
+    assert host_memory.page_locked.peak == 150
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_offload_is_beside_computation_and_takes_the_device_little_memory():
@@ -187,6 +203,7 @@ def test_on_a_gpu_offload_is_beside_computation_and_takes_the_device_little_memo
     assert all(map(torch.equal, grads["full"], grads["offload"]))
     assert held["full"] - held["offload"] >= (8 - 3) * row
     assert [len(slot) for slot in model.host._free] == [row] * 8 and all(slot.is_pinned() for slot in model.host._free)
+    assert host_memory.page_locked.now >= 8 * row
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configs.schema import ActivationConfig, AttentionConfig, LossBackend, ModelConfig
+from model import memory
 from model.memory import PassBytes, effective, pass_bytes
 from model.ops.loss import tiled
 from model.transformer import Transformer
-from tests.model.helpers import build
+from tests.model.helpers import build, tiny_config
 from train.calibrate import kept_bytes
 
 ROW = 512
@@ -28,13 +30,15 @@ def _inputs(rows: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, tor
     return tokens, torch.arange(ROW).repeat(rows), torch.arange(0, rows * ROW + 1, ROW, dtype=torch.int32)
 
 
-def _reckoned(config: ModelConfig, rule: str, rows: int, dtype: torch.dtype, ffn_tile: int = 0, kept: str = "none") -> PassBytes:
+def _reckoned(
+    config: ModelConfig, rule: str, rows: int, dtype: torch.dtype, ffn_tile: int = 0, kept: str = "none", gpu: bool = False
+) -> PassBytes:
     attention, activation = (
         AttentionConfig(rule=rule).per_layer(config.num_layers),
         ActivationConfig(rule=kept).per_layer(config.num_layers),
     )
     sizes = {"rows": rows, "seq_len": ROW, "itemsize": DTYPES[dtype], "ffn_tile": ffn_tile}
-    return pass_bytes(config, attention, activation, gpu=False, triton_workspace=0, **sizes)
+    return pass_bytes(config, attention, activation, gpu=gpu, triton_workspace=0, **sizes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -46,6 +50,36 @@ def test_activations_are_what_autograd_saves(changes, rule, rows, dtype):
     model = _model(config, rule, dtype)
     saved = kept_bytes(model, lambda: model.hidden(*_inputs(rows, config.vocab_size)))
     assert _reckoned(config, rule, rows, dtype).activations == pytest.approx(saved, rel=1e-3)
+
+
+@pytest.mark.parametrize("kept", ["none", "selective", "full"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_attention_that_no_kernel_fuses_keeps_its_weights(monkeypatch, rows, kept):
+    """By how much more than the fused one: on a GPU it is what PyTorch takes in fp32 for query heads that share keys."""
+    config = _config(key_conv=3)
+    model = _model(config, "full", torch.float32)
+    model.set_activation(ActivationConfig(rule=kept).per_layer(config.num_layers))
+
+    def saved() -> int:
+        return kept_bytes(model, lambda: model.hidden(*_inputs(rows, config.vocab_size)))
+
+    fused = saved()
+    with sdpa_kernel(SDPBackend.MATH):
+        unfused = saved()
+    reckoned = _reckoned(config, "full", rows, torch.float32, kept=kept, gpu=True)
+    monkeypatch.setattr(memory._Shapes, "is_unfused", lambda self, attention: False)
+    usual = _reckoned(config, "full", rows, torch.float32, kept=kept, gpu=True)
+    assert unfused - fused == reckoned.activations - usual.activations
+
+
+@pytest.mark.parametrize(("layers", "rows", "matrices"), [(1, 1, 4.019), (2, 1, 5.054), (8, 1, 11.266), (4, 2, 11.257)])
+def test_the_peak_of_attention_that_no_kernel_fuses_is_what_was_measured(layers, rows, matrices):
+    """On an H200 under torch 2.11, in matrices `[Hq, S, S]` of fp32."""
+    config, length = tiny_config(num_kv_heads=1, max_seq_len=8192, num_layers=layers), 4096
+    kinds = AttentionConfig(rule="full").per_layer(layers)
+    sizes = {"rows": rows, "seq_len": length, "itemsize": 4, "gpu": True, "triton_workspace": 0}
+    reckoned = pass_bytes(config, kinds, ("none",) * layers, **sizes).peak
+    assert reckoned / (4 * config.num_heads * length**2) == pytest.approx(matrices, rel=0.02)
 
 
 KEPT = ("selective", "full", "offload", "every 2 full, rest none", "last 1 selective, rest offload")
@@ -173,8 +207,8 @@ def test_what_sorts_the_chosen_is_reckoned_where_it_is_more_than_their_partial_r
 
 @pytest.mark.parametrize(("seq_len", "itemsize", "copies"), [(2048, 2, 0), (4096, 2, 1), (2048, 4, 1)])
 def test_rows_of_full_attention_are_joined_on_a_gpu_where_they_go_one_by_one(seq_len, itemsize, copies):
-    """FlashAttention takes all short rows at once; cuDNN, and PyTorch's fused kernels in fp32, take one."""
-    config = _config(num_layers=1)
+    """FlashAttention takes all short rows at once; cuDNN, and PyTorch's fused kernel for fp32, take one."""
+    config = _config(num_layers=1, num_kv_heads=4)
     full = AttentionConfig().per_layer(1)
     one, two = (
         pass_bytes(config, full, ["none"], rows=rows, seq_len=seq_len, itemsize=itemsize, gpu=True, triton_workspace=0).activations

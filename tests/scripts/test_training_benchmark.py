@@ -7,18 +7,20 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 from configs.registry import REPOSITORY, compose, override
 from configs.schema import ConfigError, MixConfig, TrainBenchmarkConfig, TrainingRow
 from data.loader import build_loader
 from data.prepare import prepare
+from model import host_memory
 from scripts import benchmark as door
 from scripts.training_benchmark import measure as measuring
 from scripts.training_benchmark.cases import Case, all_cases
 from scripts.training_benchmark.corpus import make_corpus
 from scripts.training_benchmark.measure import LOG_FILE, Result, measure
 from scripts.training_benchmark.report import markdown, series, to_csv
-from scripts.training_benchmark.steps import STEPS
+from scripts.training_benchmark.steps import STEPS, machine
 from tests.train.helpers import corpus_config
 
 FACTS = {"torch": "2", "date": "2026-01-01", "command": "python -m scripts.benchmark train"}
@@ -202,6 +204,14 @@ def result(
         line["recompiles"] = count
     end = {} if problem else {"program": "transformers 5", "device": "A GPU", "host_gib": 3.0, "pinned_gib": 0.0, **(spent or {})}
     return Result(case=case, lines=tuple(lines), problem=problem, end=end)
+
+
+def test_pinned_memory_is_torchs_and_our_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: {"allocated_bytes.peak": 2**30})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    monkeypatch.setattr(host_memory.page_locked, "peak", 3 * 2**30)
+    assert machine(torch.device("cuda"))["pinned_gib"] == 4
+    assert machine(torch.device("cpu"))["pinned_gib"] is None
 
 
 def test_the_report_says_what_was_measured():

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from configs.layers import ACTIVATIONS
 from configs.schema import ActivationConfig, Device, ModelConfig, OptimConfig, ParallelConfig
 from data.batch import IGNORE, Batch
 from model.accounting import exchange_bytes
@@ -173,9 +174,9 @@ def held(ranks: Ranks) -> dict[str, list[int]]:
     return found
 
 
-def sent(ranks: Ranks) -> list[int]:
-    """Bytes that this rank gives others in a forward and backward pass of one layer, and those reckoned."""
-    config, degree, plain, counted = tiny_config(num_layers=1, num_kv_heads=1), ranks.world_size, dist.all_to_all_single, 0
+def sent(ranks: Ranks) -> dict[str, list[int]]:
+    """Bytes that this rank gives others in a forward and backward pass of one layer, and those reckoned, by what the layer keeps."""
+    config, degree, plain, counted, found = tiny_config(num_layers=1, num_kv_heads=1), ranks.world_size, dist.all_to_all_single, 0, {}
 
     def count(received: torch.Tensor, given: torch.Tensor, group: dist.ProcessGroup) -> None:
         nonlocal counted
@@ -185,9 +186,13 @@ def sent(ranks: Ranks) -> list[int]:
     dist.all_to_all_single = count
     model, positions = build(config).to(ranks.device), torch.arange(48, device=ranks.device)
     share_rows(model, degree)
-    model(torch.zeros_like(positions), positions, torch.tensor([0, 48], dtype=torch.int32)).sum().backward()
+    for kept in ACTIVATIONS:
+        model.set_activation((kept,))
+        counted = 0
+        model(torch.zeros_like(positions), positions, torch.tensor([0, 48], dtype=torch.int32)).sum().backward()
+        found[kept] = [counted, exchange_bytes(config, kept, tokens=48 // degree, degree=degree, itemsize=4)]
     dist.all_to_all_single = plain
-    return [counted, exchange_bytes(config, tokens=48 // degree, degree=degree, itemsize=4)]
+    return found
 
 
 def main() -> None:

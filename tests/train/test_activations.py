@@ -1,6 +1,8 @@
 """Runs whose layers keep less, stage by stage and under every ZeRO stage; graphs in the figures; host memory that is not there."""
 
 import json
+import re
+import socket
 from dataclasses import replace
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from configs.checks import check_run
 from configs.schema import ActivationConfig, ConfigError
+from model.accounting import parameter_counts
 from model.compiled import compile_layers
 from tests.train.helpers import STEPS, lines, make_run, overrides, start_ranks, steps
 from train import memory
@@ -70,16 +73,33 @@ def test_graphs_are_in_the_figures(corpus, ranks, tmp_path, monkeypatch):
 
 
 def test_offload_without_the_memory_is_refused_before_anything_is_written(corpus, ranks, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "free_host_memory", lambda: 50_000)
+    """Nor is a model made. The copy for checkpoints counts where there is one: with it alone less is free than is needed here."""
+    monkeypatch.setattr("train.loop.new_model", lambda run: pytest.fail("a model was made"))
     run = make_run(corpus, tmp_path / "run", "activation.rule=offload")
-    size = 2 * 128 * run.model.hidden_size * 4
-    message = (
-        rf"^stages.0.activation.rule='offload': the inputs of 2 layers take {size / 1e9:.4g} GB of host memory for 1 ranks, \S+ has 5e-05 GB "
-        rf"free; offload at most {2 * 50_000 // size} layers, or shorten the rows$"
-    )
-    with pytest.raises(ConfigError, match=message):
-        train(run, ranks)
+    size, copy = 2 * 128 * run.model.hidden_size * 4, 12 * parameter_counts(run.model).total
+    held = replace(run, checkpoint=replace(run.checkpoint, background=False))
+    alone = replace(run, stages=tuple(replace(stage, activation=ActivationConfig()) for stage in run.stages))
+    inputs, copied = f"the inputs of 2 layers take {size / 1e9:.4g} GB", f"the checkpoint's copy takes {copy / 1e9:.4g} GB"
+    offload, unheld = "stages.0.activation.rule='offload': ", "set checkpoint.background=false"
+    for case, free, key, kept, remedies in (
+        (held, size - 1, offload, inputs, "offload at most 1 layers or shorten the rows"),
+        (run, copy + size - 1, offload, f"{inputs} and {copied}", f"offload at most 1 layers or shorten the rows or {unheld}"),
+        (run, copy - 1, offload, f"{inputs} and {copied}", f"offload at most 0 layers or shorten the rows or {unheld}"),
+        (alone, copy - 1, "checkpoint.background=true: ", copied, unheld),
+    ):
+        monkeypatch.setattr(memory, "free_host_memory", lambda: free)  # noqa: B023
+        told = f"{key}{kept} of host memory for 1 ranks, {socket.gethostname()} has {free / 1e9:.4g} GB free; {remedies}"
+        with pytest.raises(ConfigError, match=f"^{re.escape(told)}$"):
+            train(case, ranks)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("background", "copied"), [(True, 12), (False, 0)])
+def test_what_the_machine_has_free_suffices_to_the_byte(corpus, ranks, tmp_path, monkeypatch, background, copied):
+    run = make_run(corpus, tmp_path / "run", "activation.rule=offload", f"checkpoint.background={background}")
+    needed = 2 * 128 * run.model.hidden_size * 4 + copied * parameter_counts(run.model).total
+    monkeypatch.setattr(memory, "free_host_memory", lambda: needed)
+    memory.check_host_memory(run, [memory.this_machine()], gpu=False)
 
 
 def test_free_host_memory_is_at_most_what_the_machine_has():
