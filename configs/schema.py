@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from configs.layers import LayerAttention, parse_activation, parse_layers, parse_rule
+from configs.layers import MOST_POSITIONS, LayerAttention, parse_activation, parse_layers, parse_rule
 
 
 class ConfigError(ValueError):
@@ -251,9 +251,6 @@ def parse_bounds(text: str) -> tuple[int, int] | None:
     return (int(first), int(last)) if first.isdecimal() and last.isdecimal() else None
 
 
-_MOST_POSITIONS = (1 << 31) - 1  # tokens and cu_seqlens are int32
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder in the Llama family: RMSNorm, SwiGLU, RoPE, grouped-query attention."""
@@ -292,7 +289,7 @@ class ModelConfig:
         _at_least(self, 1, "vocab_size", "num_layers", "max_seq_len", *widths)
         _at_most(self, 1 << 12, "num_layers")  # layers are counted one by one, in lists, long before a weight is made
         _at_most(self, 1 << 20, *widths)  # no matrix has more bytes than an int64 counts
-        _at_most(self, _MOST_POSITIONS, "vocab_size", "max_seq_len")
+        _at_most(self, MOST_POSITIONS, "vocab_size", "max_seq_len")
         divides = self.num_heads % self.num_kv_heads == 0
         _require(divides, "num_heads", self.num_heads, f"must be a multiple of num_kv_heads={self.num_kv_heads}")
         _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even (RoPE rotates pairs)")
@@ -357,7 +354,7 @@ class RopeConfig:
         if "original_max_seq_len" in used:
             needs = f"scaling={self.scaling.value} needs the length, in tokens, that the model was trained at before it; at least 1"
             _require(self.original_max_seq_len >= 1, "original_max_seq_len", self.original_max_seq_len, needs)
-        _at_most(self, _MOST_POSITIONS, "original_max_seq_len")
+        _at_most(self, MOST_POSITIONS, "original_max_seq_len")
         _at_least(self, 0, "attention_factor")
         _at_least(self, 1, "interpolation")
         for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
