@@ -43,6 +43,12 @@ def check_stage(run: RunConfig, stage: StageConfig, index: int, world_size: int)
         attention = stage.attention.per_layer(run.model.num_layers)
     except ConfigError as error:
         raise ConfigError(f"{key}.attention.{error}") from None
+    too_long = next((layer for layer in attention if layer.block_size > stage.seq_len), None)
+    if too_long:
+        raise ConfigError(
+            f"{key}.attention.rule={stage.attention.rule!r}: {too_long} has blocks longer than the rows of {key}.seq_len={stage.seq_len}, "
+            f"so that it is full attention; blocks of at most {stage.seq_len}, or the rule full"
+        )
     try:
         stage.activation.per_layer(run.model.num_layers)
     except ConfigError as error:

@@ -15,6 +15,8 @@ from typing import TypeVar
 T = TypeVar("T")
 _NUMBERS: dict[str, tuple[str, ...]] = {"full": (), "moba": ("block_size", "topk"), "sliding": ("window",)}
 KINDS = tuple(_NUMBERS)
+MOST_POSITIONS = (1 << 31) - 1
+"""Tokens and cu_seqlens are int32."""
 ACTIVATIONS = ("none", "selective", "full", "offload")
 """What a layer keeps for the backward pass, from most to least; the words say what is computed again (`model.activations`)."""
 _SELECTORS = "all, rest, first N, last N, every N, layers I J ..."
@@ -104,6 +106,8 @@ def _parse_clause(text: str, block_size: int, topk: int) -> tuple[list[str], Lay
         raise ValueError(f"'{text}': {kind} takes {'(' + ', '.join(names) + ')' if names else 'no numbers'}")
     if 0 in numbers:
         raise ValueError(f"'{text}': {' and '.join(names)} must be at least 1")
+    if max(numbers, default=0) > MOST_POSITIONS:
+        raise ValueError(f"'{text}': {' and '.join(names)} must be at most {MOST_POSITIONS}")
     return words, LayerAttention(kind=kind, **dict(zip(names, numbers)))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from configs.layers import LayerAttention, parse_activation, parse_layers, parse_rule
+from configs.layers import MOST_POSITIONS, LayerAttention, parse_activation, parse_layers, parse_rule
 
 
 class ConfigError(ValueError):
@@ -233,6 +233,12 @@ def _at_least(owner: object, minimum: float, *keys: str) -> None:
         _require(value >= minimum, key, value, f"must be at least {minimum}")
 
 
+def _at_most(owner: object, maximum: float, *keys: str) -> None:
+    for key in keys:
+        value = getattr(owner, key)
+        _require(value <= maximum, key, value, f"must be at most {maximum}")
+
+
 def _fraction(owner: object, *keys: str) -> None:
     for key in keys:
         value = getattr(owner, key)
@@ -279,12 +285,16 @@ class ModelConfig:
     """Standard deviation of every weight matrix at the start; output projections are scaled by 1/sqrt(2 num_layers)."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "max_seq_len")
+        widths = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_size")
+        _at_least(self, 1, "vocab_size", "num_layers", "max_seq_len", *widths)
+        _at_most(self, 1 << 12, "num_layers")  # layers are counted one by one, in lists, long before a weight is made
+        _at_most(self, 1 << 20, *widths)  # no matrix has more bytes than an int64 counts
+        _at_most(self, MOST_POSITIONS, "vocab_size", "max_seq_len")
         divides = self.num_heads % self.num_kv_heads == 0
         _require(divides, "num_heads", self.num_heads, f"must be a multiple of num_kv_heads={self.num_kv_heads}")
         _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even (RoPE rotates pairs)")
         _require(self.key_conv in (0, 3, 5), "key_conv", self.key_conv, "accepted: 0, 3, 5")
-        _require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
+        _require(0 < self.norm_eps < 1, "norm_eps", self.norm_eps, "must be positive and less than 1")
         _require(self.init_std > 0, "init_std", self.init_std, "must be positive")
 
     def kv_copies(self, degree: int) -> int:
@@ -344,6 +354,7 @@ class RopeConfig:
         if "original_max_seq_len" in used:
             needs = f"scaling={self.scaling.value} needs the length, in tokens, that the model was trained at before it; at least 1"
             _require(self.original_max_seq_len >= 1, "original_max_seq_len", self.original_max_seq_len, needs)
+        _at_most(self, MOST_POSITIONS, "original_max_seq_len")
         _at_least(self, 0, "attention_factor")
         _at_least(self, 1, "interpolation")
         for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):

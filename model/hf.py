@@ -5,9 +5,11 @@ is mapped, known to leave the results as they are, or refused.
 """
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -17,6 +19,8 @@ from configs.schema import AttentionConfig, ConfigError, ModelConfig, RopeConfig
 from model.transformer import Transformer
 
 T = TypeVar("T")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Fields that go along into an export."""
 MODELLING_FILE = "modeling_moba.py"
 """Name in an export of the source of `model.hf_moba`."""
 
@@ -65,8 +69,16 @@ _MAPPED = {  # config.json to ModelConfig, where nothing but the name differs
     "tie_word_embeddings": "tie_embeddings",
     "initializer_range": "init_std",
 }
+_MAPPED_ROPE = {  # and to RopeConfig
+    "rope_type": "scaling",
+    "rope_theta": "theta",
+    "original_max_position_embeddings": "original_max_seq_len",
+    "position_interpolation": "interpolation",
+    "nope_layers": "nope",
+}
 _ABSENT = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02}  # the same in all four families
 _THETA = 10000.0
+_LARGEST = 3.4e38  # what is more is infinite in fp32, which angles and norms are computed in
 
 # Fields that our model has no counterpart of, and the value under which they do nothing.
 _NEUTRAL: dict[str, Any] = {
@@ -115,6 +127,8 @@ _IRRELEVANT = frozenset(
 )
 _ROPE_FIELDS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings", "partial_rotary_factor"})
 _WINDOW_FIELDS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"})
+_FORMS = ("default", "linear", "yarn", "llama3")
+_ROPE_TYPES: dict[str, type] = {"original_max_position_embeddings": int, "truncate": bool}  # the others are numbers
 _REFUSED_ROPE = {
     "dynamic": "its frequencies follow the length of each sequence, ours are fixed (rope.scaling=ntk is the fixed form)",
     "longrope": "it has a factor for each pair, which no scaling of ours has",
@@ -164,10 +178,22 @@ def from_config(values: Mapping[str, Any]) -> ModelFile:
     layers = _windows(values, family, model.num_layers) if own is None else _own_layers(own, model.num_layers)
     attention = AttentionConfig(rule=_join(layers))
     attention.per_layer(model.num_layers)
-    rope = replace(_rope(values), interpolation=_typed(values, "position_interpolation", float, 1.0))
-    rope = replace(rope, nope=f"layers {' '.join(map(str, nope))}" if nope else "")
-    rope.nope_layers(model.num_layers)
+    rope = _rope(values, model.max_seq_len)
+    with _in_their_words(_MAPPED_ROPE):
+        rope = replace(rope, interpolation=_typed(values, "position_interpolation", float, 1.0))
+        rope = replace(rope, nope=f"layers {' '.join(map(str, nope))}" if nope else "")
+        rope.nope_layers(model.num_layers)
     return ModelFile(model=model, rope=rope, attention=attention)
+
+
+@contextmanager
+def _in_their_words(names: Mapping[str, str], where: str = "") -> Iterator[None]:
+    """Errors of our dataclasses with the keys that config.json has, behind `where`; `names` are theirs to ours."""
+    theirs = {ours: name for name, ours in names.items()}
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(where + re.sub(r"\b\w+(?==)", lambda key: theirs.get(key[0], key[0]), str(error))) from None
 
 
 _TYPES: dict[type, str] = {int: "an integer", float: "a finite number", bool: "true or false", list: "a list", dict: "an object"}
@@ -175,14 +201,15 @@ _TYPES: dict[type, str] = {int: "an integer", float: "a finite number", bool: "t
 
 def _typed(values: Mapping[str, Any], key: str, hint: type[T], default: T | None) -> T:
     """The field `key` as `hint`; `default` where it is absent or null, which None says it may not be. Raises ConfigError."""
-    value = default if values.get(key) is None else values[key]
+    value: Any = default if values.get(key) is None else values[key]
     if value is None:
         raise ConfigError(f"{key}: is missing; must be {_TYPES[hint]}")
-    if hint is float and type(value) is int:
-        value = float(value)
-    if type(value) is not hint or (isinstance(value, float) and not math.isfinite(value)):
+    accepted = type(value) is hint
+    if hint is float:
+        accepted = type(value) in (int, float) and abs(value) <= _LARGEST  # which is false of NaN
+    if not accepted:
         raise ConfigError(f"{key}={value!r}: must be {_TYPES[hint]}")
-    return value
+    return cast(T, float(value) if hint is float else value)
 
 
 def _check_neutral(values: Mapping[str, Any], kind: str) -> None:
@@ -196,6 +223,9 @@ def _check_neutral(values: Mapping[str, Any], kind: str) -> None:
             continue
         if key in _NEUTRAL and value != _NEUTRAL[key] and value is not None:
             raise ConfigError(f"{key}={value!r}: accepted: {_NEUTRAL[key]!r}; {_WHY.get(key, _SCALED)}")
+        tokens = value if isinstance(value, list) else [value]
+        if key in TOKEN_IDS and value is not None and not all(type(token) is int for token in tokens):
+            raise ConfigError(f"{key}={value!r}: must be an integer, a list of integers, or null")
 
 
 def _model(values: Mapping[str, Any], family: _Family) -> ModelConfig:
@@ -212,10 +242,8 @@ def _model(values: Mapping[str, Any], family: _Family) -> ModelConfig:
         head_dim = fields["hidden_size"] // max(fields["num_heads"], 1)
     else:
         head_dim = _typed(values, "head_dim", int, family.head_dim)
-    try:
+    with _in_their_words(_MAPPED):
         return ModelConfig(**fields, head_dim=head_dim)
-    except ConfigError as error:
-        raise ConfigError(f"does not fit together: {error}") from None
 
 
 def _windows(values: Mapping[str, Any], family: _Family, num_layers: int) -> list[str]:
@@ -237,7 +265,7 @@ def _windows(values: Mapping[str, Any], family: _Family, num_layers: int) -> lis
     return [f"sliding({window})" if kind == "sliding_attention" else "full" for kind in kinds]
 
 
-def _rope(values: Mapping[str, Any]) -> RopeConfig:
+def _rope(values: Mapping[str, Any], max_length: int) -> RopeConfig:
     given: dict[str, Any] = {}
     top = {key: values[key] for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings") if key in values}
     for part in (*(_typed(values, key, dict, {}) for key in ("rope_scaling", "rope_parameters")), top):
@@ -246,55 +274,51 @@ def _rope(values: Mapping[str, Any]) -> RopeConfig:
             if key in given and given[key] != value:
                 raise ConfigError(f"rope_parameters: {key} is {given[key]!r} in one place and {value!r} in another; keep the right one")
             given[key] = value
-    kind = given.pop("rope_type", "default")
-    if any(isinstance(value, Mapping) for value in given.values()):
-        raise ConfigError("rope_parameters: differ between kinds of layers; ours are the same in all")
-    given.pop("finetuned", None)  # a note of the first yarn files
-    given = {key: value for key, value in given.items() if value is not None}
-    for key, value in given.items():
-        if type(value) not in (int, float, bool) or not math.isfinite(value):
-            raise ConfigError(f"rope_parameters: {key}={value!r}: must be a number")
-        if key == "original_max_position_embeddings" and value < 1:
-            raise ConfigError(f"rope_parameters: {key}={value!r}: must be at least 1")
-    if given.pop("partial_rotary_factor", 1) != 1:
-        raise ConfigError("partial_rotary_factor: accepted: 1; our rotation turns whole heads")
-    try:
-        return _scaled(str(kind), given, values["max_position_embeddings"])
-    except ConfigError as error:
-        raise ConfigError(f"rope_parameters: {error}") from None
+    with _in_their_words(_MAPPED_ROPE, "rope_parameters: "):
+        for key, value in given.items():
+            if isinstance(value, Mapping):
+                raise ConfigError(f"{key}={value!r}: differs between kinds of layers; ours are the same in all")
+        kind = str(given.pop("rope_type", "default"))
+        if kind not in _FORMS:
+            why = _REFUSED_ROPE.get(kind, "no scaling of ours computes it")
+            raise ConfigError(f"rope_type={kind}: accepted: {', '.join(_FORMS)}; {why}")
+        given.pop("finetuned", None)  # a note of the first yarn files
+        read: dict[str, Any] = {key: _typed(given, key, _ROPE_TYPES.get(key, float), None) for key in given if given[key] is not None}
+        return _scaled(kind, read, max_length)
 
 
 def _scaled(kind: str, given: dict[str, Any], max_length: int) -> RopeConfig:
     """`given` are the parameters of the form `kind` as transformers names them; what is not read is refused."""
-    fields: dict[str, Any] = {"theta": float(given.pop("rope_theta", _THETA))}
+    if (partial := given.pop("partial_rotary_factor", 1)) != 1:
+        raise ConfigError(f"partial_rotary_factor={partial}: accepted: 1; our rotation turns whole heads")
+    theta = given.pop("rope_theta", _THETA)
     original = given.pop("original_max_position_embeddings", max_length)
-    if kind == "default":
-        return RopeConfig(**fields)
-    if kind not in ("linear", "yarn", "llama3"):
-        why = _REFUSED_ROPE.get(kind, "no scaling of ours computes it")
-        raise ConfigError(f"rope_type={kind}: accepted: default, linear, yarn, llama3; {why}")
-    factor = given.pop("factor", max_length / original if kind == "yarn" else None)
-    if factor is None:
-        raise ConfigError(f"factor is missing for rope_type={kind}")
-    if kind != "linear":
-        fields["original_max_seq_len"] = int(original)
+    if original < 1:
+        raise ConfigError(f"original_max_position_embeddings={original}: must be at least 1")
+    fields: dict[str, Any] = {}
+    factor = 1.0
+    if kind != "default":
+        factor = given.pop("factor", max_length / original if kind == "yarn" else None)
+        if factor is None:
+            raise ConfigError(f"factor: is missing; must be a finite number for rope_type={kind}")
     if kind == "llama3":
-        fields |= {key: float(given.pop(key)) for key in ("low_freq_factor", "high_freq_factor") if key in given}
+        fields |= {key: given.pop(key) for key in ("low_freq_factor", "high_freq_factor") if key in given}
     if kind == "yarn":
         fields |= _yarn(given, factor)
     if given:
         key, value = next(iter(given.items()))
-        raise ConfigError(f"{key}={value!r} is not known here for rope_type={kind}")
+        raise ConfigError(f"{key}={value!r}: is not known here for rope_type={kind}; take it out, or give the rope_type that it is of")
     if factor == 1 and "attention_factor" not in fields:
-        return RopeConfig(theta=fields["theta"])
-    return RopeConfig(**fields, scaling=RopeScaling(kind), factor=float(factor))
+        return RopeConfig(theta=theta)
+    lengths = {} if kind == "linear" else {"original_max_seq_len": original}
+    return RopeConfig(theta=theta, scaling=RopeScaling(kind), factor=factor, **lengths, **fields)
 
 
 def _yarn(given: dict[str, Any], factor: float) -> dict[str, float]:
     """The fields of our yarn besides lengths and factor; `given` loses what was read."""
     if not given.pop("truncate", True):
         raise ConfigError("truncate=False: our yarn rounds the ends of its ramp to whole pairs")
-    fields = {key: float(value) for key in ("beta_fast", "beta_slow") if (value := given.pop(key, 0))}  # 0 is absent to transformers
+    fields = {key: value for key in ("beta_fast", "beta_slow") if (value := given.pop(key, 0))}  # 0 is absent to transformers
     scale, scale_all = given.pop("mscale", 0), given.pop("mscale_all_dim", 0)
     attention = given.pop("attention_factor", None)
     if attention is None and scale and scale_all and factor > 1:
@@ -303,7 +327,7 @@ def _yarn(given: dict[str, Any], factor: float) -> dict[str, float]:
         return fields
     if attention <= 0:
         raise ConfigError(f"attention_factor={attention}: must be positive")
-    return fields | {"attention_factor": float(attention)}
+    return fields | {"attention_factor": attention}
 
 
 def _own_layers(layers: Any, num_layers: int) -> list[str]:

@@ -25,14 +25,13 @@ from configs.model_file import MODEL_FILE, ModelFile, read_json
 from configs.registry import REPOSITORY, command, fail, show
 from configs.schema import ConfigError, ConvertConfig
 from data.tokenizer import copy_tokenizer, load_tokenizer
-from model.hf import MODELLING_FILE, from_config, is_computed, parameter_shapes, to_config, to_theirs
+from model.hf import MODELLING_FILE, TOKEN_IDS, from_config, is_computed, parameter_shapes, to_config, to_theirs
 from scripts.program import quoted, run
 from train.initial import Source, open_source
 from train.run_dir import CHECKPOINTS, TOKENIZER, new_folder
 from train.weights import WeightFolder, check_shapes, num_bytes, widest, write_weights
 
 SUBCOMMANDS = ("from_hf", "to_hf")
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def main() -> None:
@@ -50,25 +49,34 @@ def main() -> None:
     elif word or not {"-h", "--help"} & set(others):
         given = f"{word}: no such conversion{nearest(word, SUBCOMMANDS)}" if word else "what to do must be given"
         fail(f"{given}; accepted first word: {', '.join(SUBCOMMANDS)}")
-    (to_hf if word == "to_hf" else from_hf)()
+    try:
+        (to_hf if word == "to_hf" else from_hf)()
+    except OSError as error:  # a path that may not be looked at, or is too long for the system
+        fail(f"{error.filename}: {error.strerror}")
 
 
 @command(ConvertConfig, config_name="convert")
 def from_hf(config: ConvertConfig) -> None:
     """Converts a Hugging Face folder and says what became of it."""
-    source = Path(config.source)
+    source, target = Path(config.source), Path(config.target)
+    if source.resolve() in target.resolve().parents:
+        raise ConfigError(f"OUT={target}: lies in DIR={source}, which is left as it is; choose a folder outside")
     described = from_config_file(source)
     shapes = parameter_shapes(described.model)
     weights = WeightFolder(source)
     stored = {name: shape for name, shape in weights.shapes.items() if not is_computed(name)}
+    if not described.model.tie_embeddings and "lm_head.weight" not in stored:
+        said = "lm_head.weight is missing, and config.json has tie_word_embeddings=False or nothing"
+        raise ConfigError(f"{source}: {said}; set it to true where the head is the embedding, else fetch the files again")
     if described.model.tie_embeddings and "lm_head.weight" in stored:
         if not torch.equal(weights.read("lm_head.weight"), weights.read("model.embed_tokens.weight")):
-            raise ConfigError(f"{source}: lm_head.weight is not model.embed_tokens.weight, though config.json has tie_word_embeddings=True")
+            said = "lm_head.weight is not model.embed_tokens.weight, though config.json has tie_word_embeddings=True"
+            raise ConfigError(f"{source}: {said}; set it to false where the head is a matrix of its own, else fetch the files again")
         del stored["lm_head.weight"]
     names = {name: to_theirs(name) for name in shapes}
     check_shapes(stored, {names[name]: shape for name, shape in shapes.items()}, where=source, said_by="config.json")
     sizes = {name: num_bytes(stored[theirs], weights.dtypes[theirs]) for name, theirs in names.items()}
-    with new_folder(Path(config.target), "OUT") as folder:
+    with new_folder(target, "OUT") as folder:
         write_weights(folder, sizes, lambda name: weights.read(names[name]), max_shard_bytes=config.shard_bytes)
         (folder / MODEL_FILE).write_text(described.text())
         copied = copy_tokenizer(source, folder)
@@ -100,7 +108,7 @@ def from_config_file(source: Path) -> ModelFile:
     """The model that the config.json in `source` describes. Raises ConfigError naming the file."""
     path = source / "config.json"
     if not source.is_dir():
-        raise ConfigError(f"DIR={source}: no such folder; hub names are not taken, download it first")
+        raise ConfigError(f"DIR={source}: is no folder here; hub names are not taken, download it first")
     ours = any((source / name).exists() for name in (MODEL_FILE, CHECKPOINTS, "state.json"))
     if ours and not (path.is_file() and "model_type" in read_json(path)):  # a run keeps its own settings under that name
         raise ConfigError(f"DIR={source}: is a folder of this program; init_from={source} takes it as it is, to_hf exports it")
@@ -130,7 +138,7 @@ def _place_tokenizer(source: Source, folder: Path) -> dict[str, Any]:
 
 
 def _token_ids(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: values[key] for key in _TOKEN_IDS if values.get(key) is not None}
+    return {key: values[key] for key in TOKEN_IDS if values.get(key) is not None}
 
 
 def _describe(described: ModelFile) -> list[str]:

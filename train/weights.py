@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from configs.model_file import read_json
 from configs.schema import ConfigError
 from model.transformer import Transformer
 
@@ -40,7 +42,8 @@ class WeightFolder:
             shard = self._shard(file)
             for name in shard.keys():  # noqa: SIM118 (not a dict)
                 if listed and listed.get(name) != file:
-                    raise ConfigError(f"{folder / file}: holds {name}, which {INDEX} puts into {listed.get(name, 'no file')}")
+                    said = f"holds {name}, which {INDEX} puts into {listed.get(name, 'no file')}"
+                    raise ConfigError(f"{folder / file}: {said}; fetch the files again, they are not of one model")
                 part = shard.get_slice(name)
                 self._file_of[name], self.shapes[name], self.dtypes[name] = file, tuple(part.get_shape()), part.get_dtype()
                 if self.dtypes[name] not in _DTYPES:
@@ -51,8 +54,16 @@ class WeightFolder:
                 raise ConfigError(f"{folder / file}: does not hold {name}, which {INDEX} puts there; fetch the file again")
 
     def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU, in the dtype it was stored in."""
-        return self._shard(self._file_of[name]).get_tensor(name)
+        """The tensor, on the CPU, in the dtype it was stored in. Raises ConfigError where a value is NaN or infinite."""
+        file = self._file_of[name]
+        tensor = self._shard(file).get_tensor(name)
+        if tensor.numel() and not all(map(math.isfinite, tensor.aminmax())):  # NaN is both of them; no mask beside the tensor
+            wrong = tensor.numel() - int(tensor.isfinite().sum())
+            raise ConfigError(
+                f"{self._folder / file}: {name} has {wrong:,} of {tensor.numel():,} values that are NaN or infinite; fetch the file again, "
+                "or save the model from weights that are whole"
+            )
+        return tensor
 
     def _listed(self) -> dict[str, str]:
         """Tensor to file of the index; empty where there is one whole file instead."""
@@ -66,25 +77,25 @@ class WeightFolder:
                     f"{self._folder / pickles[0]}: is a pickle, which may run any code when it is read; where you trust it, make "
                     "safetensors of it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)"
                 )
-            raise ConfigError(f"{self._folder}: holds neither {WHOLE} nor {INDEX}")
-        try:
-            listed = dict(json.loads(index.read_bytes())["weight_map"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{index}: cannot be read as an index of shards ({error!r})") from None
-        outside = [file for file in listed.values() if not isinstance(file, str) or Path(file).name != file]
-        if outside or not listed:
-            raise ConfigError(f"{index}: must map names to files of this folder{f', not {outside[0]}' if outside else ''}")
+            raise ConfigError(f"{self._folder}: holds neither {WHOLE} nor {INDEX}; fetch the weights")
+        given = read_json(index).get("weight_map")
+        listed: dict[str, str] = given if isinstance(given, dict) else {}
+        wrong = [file for file in listed.values() if not (isinstance(file, str) and re.fullmatch(r"[^/\0\n]+\.safetensors", file))]
+        if wrong or not listed:
+            said = f", not to {wrong[0]!r}" if wrong else ""
+            raise ConfigError(f"{index}: weight_map must map tensors to safetensors files of this folder{said}; fetch it again")
         return listed
 
     def _shard(self, file: str) -> Any:
         if self._open is None or self._open[0] != file:
             self._open = None  # the one before is unmapped first
             path = self._folder / file
-            if not path.is_file():
-                raise ConfigError(f"{path}: is missing, {INDEX} names it; fetch the file")
             try:
+                path.open("rb").close()  # safe_open has one reason for all refusals
                 self._open = file, safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
+            except OSError as error:
+                raise ConfigError(f"{path}: cannot be read ({error.strerror}); fetch the file") from None
+            except SafetensorError as error:
                 raise ConfigError(f"{path}: is damaged, or not a safetensors file ({error}); fetch it again") from None
         return self._open[1]
 
@@ -108,10 +119,11 @@ def check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], *, whe
             )
         if found[name] != shape:
             shown = f"{name} has shape {list(found[name])}, {said_by} makes it {list(shape)}"
-            raise ConfigError(f"{where}: {shown}; they do not belong together")
+            raise ConfigError(f"{where}: {shown}; they do not belong together: fetch the files again, or correct {said_by}")
     for name, shape in found.items():
         if name not in wanted:
-            raise ConfigError(f"{where}: {name} {list(shape)} has no place in the model of {said_by}; nothing is left out without a word")
+            shown = f"{name} {list(shape)} has no place in the model of {said_by}"
+            raise ConfigError(f"{where}: {shown}; take it out of the files, or correct {said_by}")
 
 
 def write_weights(folder: Path, names: Mapping[str, int], read: Callable[[str], Tensor], *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:

@@ -299,6 +299,12 @@ def test_numbers_may_be_written_as_people_write_them():
             r"stages.0.attention.rule=.*layers \[7\] do not exist; the model has layers 0..3",
         ),
         (
+            ["attention.rule='moba(1024, 3)'", "stages.0.seq_len=512"],
+            1,
+            r"stages.0.attention.rule='moba\(1024, 3\)': moba\(1024, 3\) has blocks longer than the rows of stages.0.seq_len=512",
+        ),
+        (["attention.rule='sliding(3000000000)'"], 1, "attention.rule=.*: window must be at most 2147483647"),
+        (
             ["model=tiny", "stages.0.seq_len=512", "attention=moba_last3_full"],
             1,
             r"^stages.0.attention.rule=.*: 'last 3' is more layers than the 2 of the model$",

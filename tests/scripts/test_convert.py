@@ -183,8 +183,16 @@ def _index(weight_map: object):
     return damage
 
 
-def _config(text: str):
+def _written(text: str):
     return lambda folder: (folder / "config.json").write_text(text)
+
+
+def _config(**changes: object):
+    def damage(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -195,10 +203,16 @@ UP = "model.layers.1.mlp.up_proj.weight"
     [
         (_change(UP, None), rf"hf: {UP} \[48, 32\] is missing, config.json asks for it; fetch the files again, or correct config.json"),
         (_change(UP, torch.zeros(48, 31)), rf"hf: {UP} has shape \[48, 31\], config.json makes it \[48, 32\]"),
+        (_change(UP, torch.zeros(0, 32)), rf"{UP} has shape \[0, 32\], config.json makes it \[48, 32\]; .*correct config.json"),
+        (_change(UP, torch.full((48, 32), torch.nan)), rf"{WHOLE}: {UP} has 1,536 of 1,536 values that are NaN or infinite; fetch"),
+        (_change(UP, torch.zeros(48, 32).index_fill(0, torch.tensor(1), -torch.inf)), rf"{UP} has 32 of 1,536 values that are NaN or inf"),
+        (_change("lm_head.weight", torch.full((96, 32), torch.nan).bfloat16()), "lm_head.weight has 3,072 of 3,072 values that are NaN"),
         (_change("model.layers.2.mlp.up_proj.weight", torch.zeros(48, 32)), r"model.layers.2.mlp.up_proj.weight \[48, 32\] has no place"),
         (_change("model.layers.0.self_attn.q_proj.bias", torch.zeros(64)), r"q_proj.bias \[64\] has no place in the model of config.json"),
         (_change("embedding.weight", torch.zeros(96, 32)), r"embedding.weight \[96, 32\] has no place"),
-        (_change("lm_head.weight", torch.zeros(96, 32)), "lm_head.weight is not model.embed_tokens.weight, .*tie_word_embeddings=True"),
+        (_change("lm_head.weight", torch.zeros(96, 32)), "is not model.embed_tokens.weight, .*tie_word_embeddings=True; set it to false"),
+        (_config(tie_word_embeddings=False), "lm_head.weight is missing, .*tie_word_embeddings=False.*; set it to true"),
+        (_config(num_hidden_layers=10**30), f"config.json: num_hidden_layers={10**30}: must be at most 4096"),
         (_change(UP, torch.zeros(48, 32, dtype=torch.int8)), f"{UP} is I8; accepted: F64, F32, BF16, F16; .*dequantised"),
         (_to_pickle, r"pytorch_model.bin: is a pickle, which may run any code .*save_pretrained\(OUT\)"),
         (lambda folder: (folder / WHOLE).unlink(), f"holds neither {WHOLE} nor {INDEX}"),
@@ -208,12 +222,19 @@ UP = "model.layers.1.mlp.up_proj.weight"
             f"a.safetensors: holds {UP}, which .* puts into b",
         ),
         (_index(lambda names: dict.fromkeys(names, "a.safetensors") | {"x": "a.safetensors"}), "a.safetensors: does not hold x, which"),
-        (_index({"x": "b.safetensors"}), "b.safetensors: is missing, .* names it"),
-        (_index({"x": "../a.safetensors"}), r"must map names to files of this folder, not ../a"),
-        (_index([]), "cannot be read as an index|must map names"),
-        (_config("{"), "config.json: is not JSON"),
-        (_config("[]"), "config.json: must hold an object, it holds a list"),
-        (_config('{"model_type": "gpt2"}'), "config.json: model_type=gpt2: no family"),
+        (
+            _index(lambda names: {name: "a.safetensors" for name in names if name != UP}),
+            f"a.safetensors: holds {UP}, which .* puts into no file; fetch",
+        ),
+        (_index({"x": "b.safetensors"}), r"b.safetensors: cannot be read \(No such file or directory\); fetch the file"),
+        (_index({"x": f"{'b' * 300}.safetensors"}), r"b.safetensors: cannot be read \(File name too long\)"),
+        (_index({"x": "../a.safetensors"}), r"weight_map must map tensors to safetensors files of this folder, not to '../a"),
+        (_index({"x": 1}), f"{INDEX}: weight_map must map tensors to safetensors files of this folder, not to 1; fetch it again"),
+        (_index([]), f"{INDEX}: weight_map must map tensors to safetensors files of this folder; fetch it again"),
+        (_written("{"), "config.json: is not JSON"),
+        (_written("[" * 100_000), "config.json: is not JSON"),
+        (_written("[]"), "config.json: must hold an object, it holds a list"),
+        (_written('{"model_type": "gpt2"}'), "config.json: model_type=gpt2: no family"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read"),
     ],
 )
@@ -288,10 +309,13 @@ def test_a_disk_that_is_full_for_weights_leaves_nothing(convert, llama, tmp_path
         (["from_hd", "a", "b"], "from_hd: no such conversion, did you mean 'from_hf'?; accepted first word: from_hf, to_hf"),
         (["from_hf", "a"], "from_hf: takes two paths and got 1; python -m scripts.convert from_hf DIR OUT"),
         (["to_hf", "a", "b", "c"], "to_hf: takes two paths and got 3; python -m scripts.convert to_hf CKPT DIR"),
-        (["from_hf", "/none/a", "/none/b"], "DIR=/none/a: no such folder; hub names are not taken, download it first"),
+        (["from_hf", "/none/a", "/none/b"], "DIR=/none/a: is no folder here; hub names are not taken, download it first"),
+        (["from_hf", "/dev/null", "/none/b"], "DIR=/dev/null: is no folder here; hub names are not taken, download it first"),
+        (["from_hf", "/none/a", "/none/a/b"], "OUT=/none/a/b: lies in DIR=/none/a, which is left as it is; choose a folder outside"),
+        (["from_hf", f"/{'a' * 300}", "/none/b"], f"/{'a' * 300}: File name too long"),
         (
             ["from_hf", "/none/it's {a}, \\b", "/none/b"],
-            "DIR=/none/it's {a}, \\b: no such folder; hub names are not taken, download it first",
+            "DIR=/none/it's {a}, \\b: is no folder here; hub names are not taken, download it first",
         ),
         (["to_hf", "/none/a", "/none/b"], "/none/a: no such folder"),
         (["to_hf", "/none/a", "/none/b", "shard_bytes=0"], "shard_bytes=0: must be at least 1"),
