@@ -176,8 +176,14 @@ def overview(report: Values) -> str:
         retrieval_table(report["retrieval"]) if report["retrieval"] else "",
         gates_table(report["gates"]),
         benchmark_table(report["benchmarks"]) if report["benchmarks"] else "",
+        not_measured(report),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def not_measured(report: Values) -> str:
+    """A line for each thing that was asked for and could not be measured; empty where all was."""
+    return "\n".join(f"- Not measured: {said}" for said in report["not_measured"])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
@@ -219,6 +225,7 @@ def markdown(report: Values) -> str:
         f"# Evaluation of {report['run']}, step {report['step']:,}",
         f"Trained at a context of {report['trained_context']:,} tokens with attention {report['trained_attention']}.",
         "\n".join(f"- {rule}: layers {', '.join(layers)}" for rule, layers in hybrids.items()),
+        not_measured(report),
         *(_perplexity(report) if report["results"] else ()),
         *(_retrieval(report["retrieval"]) if report["retrieval"] else ()),
         *(_gates(report["gates"]) if report["gates"] else ()),
