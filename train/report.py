@@ -98,13 +98,14 @@ def bucket_table(results: Sequence[Values], key: str, name: str) -> str:
 
 def gain_table(results: Sequence[Values]) -> str:
     """Gain from context of the results that have one; empty where none has."""
-    header = ["attention", "context", "against", "tokens", "loss there", "loss", "gain (nats/token)"]
+    header = ["attention", "context", "against", "tokens", "documents", "loss there", "loss", "gain (nats/token)"]
     rows = [
         [
             result["attention"],
             f"{result['context']:,}",
             f"{found['from']:,}",
             f"{found['tokens']:,}",
+            f"{found['documents']:,}",
             f"{found['loss_from']:.4f}",
             f"{found['loss']:.4f}",
             f"{found['gain']:.4f} ± {1.96 * found['standard_error']:.4f}",
@@ -208,7 +209,8 @@ tokenizer; bits per byte divide by the UTF-8 bytes of the text, the closing sepa
 
 
 _GAIN = """\
-Losses of the same tokens, those that have at least half the context before them, in both columns; ± is a 95 % interval over documents."""
+Losses of the same tokens, those that have at least half the context before them, in both columns; ± is a 95 % interval
+over so many documents: with fewer than about ten, a hint."""
 
 _RETRIEVAL = """\
 In each cell: share of the expected answers that the model writes, in %, then the share of samples in which the right answer is likelier
