@@ -64,6 +64,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         raise ConfigError(f"{key}={value}: must be a finite number")
     if hint is int and type(value) is float and value.is_integer():
         return int(value)  # 1e6 is how people write a token budget, and YAML reads it as a float
+    if hint is str and type(value) is int:
+        return str(value)  # a text of digits, such as name=5, reads as a number; its own check says more of it than its type
     if type(value) is not hint:
         names = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
         raise ConfigError(f"{key}={value!r}: must be {names[hint]}")

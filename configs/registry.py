@@ -31,10 +31,12 @@ from configs.schema import (
     ActivationConfig,
     AttentionConfig,
     ConfigError,
+    EvaluateConfig,
     MixConfig,
     PlanConfig,
     RopeConfig,
     RunConfig,
+    SweepConfig,
     TrainBenchmarkConfig,
 )
 
@@ -48,6 +50,13 @@ REPOSITORY = CONFIG_DIR.parent
 _SHARED: dict[type, dict[str, type]] = {
     run: {"attention": AttentionConfig, "rope": RopeConfig, "activation": ActivationConfig, "mix": MixConfig}
     for run in (RunConfig, PlanConfig, TrainBenchmarkConfig)
+}
+# The programs whose keys are easily given to another one, with their config's root.
+_PROGRAMS: dict[str, tuple[type, str]] = {
+    "train.main": (RunConfig, "train"),
+    "scripts.plan": (PlanConfig, "train"),
+    "scripts.sweep": (SweepConfig, "sweep"),
+    "scripts.evaluate": (EvaluateConfig, "evaluate"),
 }
 
 
@@ -130,14 +139,34 @@ def _check_choice(group: str, value: Any, default: str | None) -> None:
     raise ConfigError(f"{group}={value}: no such config{nearest(str(value), options)}; accepted: {', '.join(options)}{hint}")
 
 
+def check_key(schema: type, config_name: str, key: str, beside: Sequence[str] = ()) -> None:
+    """Raises ConfigError, naming the nearest key or the program that has it, for one that is no setting, nor one of `beside`."""
+    _check_key(key, [*_keys(schema), *_groups(config_name), *beside])
+
+
+def _check_key(key: str, accepted: Sequence[str]) -> None:
+    pattern = re.sub(r"\.\d+(?=\.|$)", ".0", key)
+    if pattern in accepted:
+        return
+    siblings = [name for name in accepted if name.rpartition(".")[0] == pattern.rpartition(".")[0]]
+    top = [name for name in accepted if "." not in name]
+    is_misplaced = any(name.endswith(f".{pattern}") for name in accepted)
+    elsewhere = "" if is_misplaced else _elsewhere(pattern)
+    near = elsewhere or nearest(key, siblings) or nearest(key, accepted) or f"; accepted: {', '.join(siblings or top)}"
+    raise ConfigError(f"{key}: no such key{near}")
+
+
+def _elsewhere(key: str) -> str:
+    """`; python -m PROGRAM has it`, or nothing where none of `_PROGRAMS` has such a key."""
+    if re.match(r"hydra[./]", key):
+        return "; settings of Hydra's launchers are taken by python -m scripts.sweep alone"
+    having = (name for name, (schema, root) in _PROGRAMS.items() if key in _keys(schema) or key in _groups(root))
+    return next((f"; python -m {name} has it" for name in having), "")
+
+
 def _set(config: DictConfig, key: str, value: Any, accepted: Sequence[str]) -> None:
     """Sets a key of the composed config; a mapping changes the keys it names. Raises ConfigError for one that is not there."""
-    pattern = re.sub(r"\.\d+(?=\.|$)", ".0", key)
-    if pattern not in accepted:
-        beside = [name for name in accepted if name.rpartition(".")[0] == pattern.rpartition(".")[0]]
-        top = [name for name in accepted if "." not in name]
-        near = nearest(key, beside) or nearest(key, accepted) or f"; accepted: {', '.join(beside or top)}"
-        raise ConfigError(f"{key}: no such key{near}")
+    _check_key(key, accepted)
     for item in re.finditer(r"\.(\d+)(?=\.|$)", key):
         owner = key[: item.start()]
         items = OmegaConf.select(config, owner)

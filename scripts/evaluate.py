@@ -73,7 +73,7 @@ def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> dict[str, An
     contexts = context_lengths(config, trained, stage, settings)
     corpus = open_corpus(config.data, tokenizers_of(checkpoint))
     documents = choose_documents(corpus, config)
-    suite = Suite.prepare(config.suite, corpus, settings, contexts, documents)
+    suite = Suite.prepare(config, corpus, settings, contexts, documents)
     folder = on_main(ranks, lambda: _make_folder(config, checkpoint))
 
     attention, workspace = next(iter(settings.values())), stage.attention.workspace
@@ -95,6 +95,7 @@ def evaluate(config: EvaluateConfig, ranks: Ranks | None = None) -> dict[str, An
         "documents": describe_documents(documents, corpus.split("heldout").num_documents),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         **found,
+        "not_measured": list(suite.not_measured),
         "output_dir": str(folder),
         "config": to_mapping(config),
         "launch": describe_launch(ranks.world_size),
@@ -156,7 +157,8 @@ def _progress(total: int, *, shown: bool) -> Iterator[Callable[[str, int], None]
 def _figures(report: dict[str, Any]) -> dict[str, Plot | None]:
     """What draws each figure, by file name; None where the report has no values for it."""
     needles = [row for row in report["retrieval"] if row["depth"] is not None]
-    gates = [row for row in report["gates"] if row["heads"] and row["context"] == max(each["context"] for each in report["gates"])]
+    with_choices = [row for row in report["gates"] if row["heads"]]
+    gates = [row for row in with_choices if row["context"] == max(each["context"] for each in with_choices)]
     lines = {result_label(result): result["by_position"] for result in report["results"]}
     drawn: dict[str, tuple[Any, Plot]] = {
         "position.png": (lines, lambda path: plot_positions(path, lines)),

@@ -219,7 +219,7 @@ def short_count(value: int) -> str:
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, steps and events; what is no JSON object is left out, such as a line that a kill cut short."""
     lines = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(errors="replace").splitlines():
         try:
             values = json.loads(line)
         except ValueError:

@@ -34,7 +34,10 @@ def report(config: ReportConfig) -> None:
     """Writes the page and prints where it is."""
     folder = Path(config.folder)
     target = Path(config.output) if config.output else folder / FILE
-    page = make_page(folder)
+    try:
+        page = make_page(folder)
+    except OSError as error:
+        raise ConfigError(f"folder={folder}: {error.filename} cannot be read ({error.strerror})") from None
     try:
         write_atomically(target, render(page))
     except OSError as error:

@@ -18,8 +18,8 @@ from pathlib import Path
 if not __package__:  # started by its path: the folder of this file would shadow top-level packages, the root would be missing
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from configs.registry import command, show
-from configs.schema import ConfigError, SweepConfig
+from configs.registry import check_key, command, fail, show
+from configs.schema import ConfigError, RunConfig, SweepConfig
 from scripts.program import quoted, run
 from scripts.sweeps.costs import markdown
 from scripts.sweeps.jobs import check_corpora, first_trial, make_jobs, search_space
@@ -38,6 +38,11 @@ def main() -> None:
     others = [text for text in words if text not in own]
     of_hydra = [text for text in others if text.startswith(("hydra.", "hydra/"))]
     of_jobs = [text for text in others if text not in of_hydra]
+    try:
+        for text in of_jobs:
+            check_key(RunConfig, "train", text.partition("=")[0].lstrip("+~"), sorted(_OWN))
+    except ConfigError as error:
+        fail(str(error))
     lists = {"hydra_settings": of_hydra, "overrides": of_jobs}
     sys.argv[1:] = [*own, *(f"{key}=[{','.join(map(quoted, texts))}]" for key, texts in lists.items() if texts)]
     sweep()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from configs.layers import LayerAttention
-from configs.schema import ConfigError, DataConfig, EvaluateConfig, RopeScaling, RunConfig, StageConfig, StretchConfig
+from configs.schema import ConfigError, DataConfig, EvaluateConfig, EvaluationPart, RopeScaling, RunConfig, StageConfig, StretchConfig
 from data.loader import IGNORE, Batch
 from data.shards import Corpus, DocumentTable
 from data.tokenizer import Tokenizer
@@ -202,6 +202,24 @@ def choose_documents(corpus: Corpus, config: EvaluateConfig) -> list[Document]:
         )
     limit = config.max_document_tokens or int(lengths.max())
     return [_read(table, number, limit, corpus.tokenizer) for number in chosen[: config.max_documents or None]]
+
+
+def reached_contexts(config: EvaluateConfig, contexts: Sequence[int], documents: Sequence[Document]) -> tuple[int, ...]:
+    """Those of `contexts`, in tokens, that the longest of `documents` fills: beyond it all have the figures of whole documents.
+
+    Where the checkpoint's own context is meant and none fills it, the length of the longest. Raises ConfigError where `contexts` of the
+    config are all beyond, and no part is asked for that does without documents.
+    """
+    longest = max(len(document.tokens) for document in documents)
+    reached = tuple(context for context in contexts if context <= longest)
+    if reached or not config.contexts:
+        return reached or (longest,)
+    if set(config.suite.parts) <= {EvaluationPart.PERPLEXITY, EvaluationPart.GATES}:
+        raise ConfigError(
+            f"contexts={','.join(map(str, contexts))}: no scored document is that long, the longest has {longest} tokens; lower it, raise "
+            "max_document_tokens where that cuts, or hold out longer documents"
+        )
+    return ()
 
 
 def _read(table: DocumentTable, number: int, limit: int, tokenizer: Tokenizer) -> Document:

@@ -98,13 +98,14 @@ def bucket_table(results: Sequence[Values], key: str, name: str) -> str:
 
 def gain_table(results: Sequence[Values]) -> str:
     """Gain from context of the results that have one; empty where none has."""
-    header = ["attention", "context", "against", "tokens", "loss there", "loss", "gain (nats/token)"]
+    header = ["attention", "context", "against", "tokens", "documents", "loss there", "loss", "gain (nats/token)"]
     rows = [
         [
             result["attention"],
             f"{result['context']:,}",
             f"{found['from']:,}",
             f"{found['tokens']:,}",
+            f"{found['documents']:,}",
             f"{found['loss_from']:.4f}",
             f"{found['loss']:.4f}",
             f"{found['gain']:.4f} ± {1.96 * found['standard_error']:.4f}",
@@ -176,8 +177,14 @@ def overview(report: Values) -> str:
         retrieval_table(report["retrieval"]) if report["retrieval"] else "",
         gates_table(report["gates"]),
         benchmark_table(report["benchmarks"]) if report["benchmarks"] else "",
+        not_measured(report),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def not_measured(report: Values) -> str:
+    """A line for each thing that was asked for and could not be measured; empty where all was."""
+    return "\n".join(f"- Not measured: {said}" for said in report["not_measured"])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
@@ -202,7 +209,8 @@ tokenizer; bits per byte divide by the UTF-8 bytes of the text, the closing sepa
 
 
 _GAIN = """\
-Losses of the same tokens, those that have at least half the context before them, in both columns; ± is a 95 % interval over documents."""
+Losses of the same tokens, those that have at least half the context before them, in both columns; ± is a 95 % interval
+over so many documents: with fewer than about ten, a hint."""
 
 _RETRIEVAL = """\
 In each cell: share of the expected answers that the model writes, in %, then the share of samples in which the right answer is likelier
@@ -219,6 +227,7 @@ def markdown(report: Values) -> str:
         f"# Evaluation of {report['run']}, step {report['step']:,}",
         f"Trained at a context of {report['trained_context']:,} tokens with attention {report['trained_attention']}.",
         "\n".join(f"- {rule}: layers {', '.join(layers)}" for rule, layers in hybrids.items()),
+        not_measured(report),
         *(_perplexity(report) if report["results"] else ()),
         *(_retrieval(report["retrieval"]) if report["retrieval"] else ()),
         *(_gates(report["gates"]) if report["gates"] else ()),

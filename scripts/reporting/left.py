@@ -24,7 +24,7 @@ def left_sections(folder: Path) -> list[Section]:
 
 def _document(path: Path, shown: set[Path]) -> Markup:
     """The HTML of a Markdown file, its tables in boxes that scroll and its local PNGs inside it; these are added to `shown`."""
-    tokens = _MARKDOWN.parse(path.read_text())
+    tokens = _MARKDOWN.parse(path.read_text(errors="replace"))
     for token in [child for block in tokens for child in block.children or ()]:
         source = path.parent / str(token.attrGet("src") or "")
         if token.type == "image" and source.suffix == ".png" and source.is_file():

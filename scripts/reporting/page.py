@@ -52,12 +52,13 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """A whole page; `facts` are its main figures, by name."""
+    """A whole page; `facts` are its main figures, by name, and `notes` say what is left out of it."""
 
     title: str
     subtitle: str
     facts: Sequence[tuple[str, str]]
     sections: Sequence[Section]
+    notes: Sequence[str] = ()
 
 
 def render(page: Page) -> str:

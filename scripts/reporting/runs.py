@@ -29,6 +29,12 @@ _PANELS: Mapping[str, Sequence[str]] = {
     "context (tokens of a row)": ["context"],
 }
 _NOT_DRAWN = {"step", "tokens", "loss", "step_seconds", "flops_executed_per_second"}
+# Figures without which a line is damaged: of a step, and of events that are drawn.
+_NEEDED: Mapping[str, set[str]] = {
+    "": {"tokens", "loss", "tokens_per_second", "memory_gib"},
+    "evaluation": {"heldout_loss"},
+    "gate": {"heads"},
+}
 _LAST = 50  # part of the steps whose mean is the loss at the end
 
 
@@ -39,11 +45,13 @@ def is_run(folder: Path) -> bool:
 
 def run_page(folder: Path) -> Page:
     """All there is to say of a run. Raises ConfigError where it has not taken a step."""
-    lines = read_metrics(folder / METRICS)
+    lines, notes = read_lines(folder)
     steps, events = steps_of(lines), [line for line in lines if "event" in line]
     if not steps:
         raise ConfigError(f"folder={folder}: {METRICS} has no step yet")
-    config = _read_json(folder / CONFIG_FILE)
+    config = _read_config(folder / CONFIG_FILE)
+    if not config:
+        notes.append(f"{CONFIG_FILE} is not there: neither stages nor settings are shown.")
     return Page(
         title=str(config.get("name", folder.name)),
         subtitle=str(folder),
@@ -57,7 +65,16 @@ def run_page(folder: Path) -> Page:
             Section(title="Events", tables=_events(events)),
             Section(title="Settings and launches", tables=_launches(folder), folds=_settings(config)),
         ],
+        notes=notes,
     )
+
+
+def read_lines(folder: Path) -> tuple[list[Line], list[str]]:
+    """Steps and events of a run, and a note where lines of its file are damaged, as a kill leaves them, and left out."""
+    file = folder / METRICS
+    lines = [line for line in read_metrics(file) if {"step", *_NEEDED.get(line.get("event", ""), ())} <= line.keys()]
+    damaged = sum(bool(text.strip()) for text in file.read_text(errors="replace").splitlines()) - len(lines)
+    return lines, [f"Damaged lines of {file}, left out: {damaged:,}."] if damaged else []
 
 
 def steps_of(lines: Sequence[Line]) -> list[Line]:
@@ -166,9 +183,8 @@ def _events(events: Sequence[Line]) -> list[Table]:
 
 def _launches(folder: Path) -> list[Table]:
     file = folder / "launches.jsonl"
-    launches = read_metrics(file) if file.is_file() else []
     rows = []
-    for launch in launches:
+    for launch in read_metrics(file) if file.is_file() else []:
         git = launch["git"]
         commit = f"{(git['commit'] or 'unknown')[:12]}{' with changes' if git['dirty'] else ''}"
         packages = ", ".join(f"{name} {version}" for name, version in launch["packages"].items() if version)
@@ -180,9 +196,13 @@ def _settings(config: Line) -> list[Fold]:
     return [Fold(summary="All settings", text=yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120))] if config else []
 
 
-def _read_json(path: Path) -> Line:
+def _read_config(path: Path) -> Line:
     """Empty where there is no file, as in a folder of metrics alone. Raises ConfigError for one that is damaged."""
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
+        config = json.loads(path.read_text()) if path.is_file() else {}
+        _stages(config)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except (AttributeError, KeyError, TypeError):
+        raise ConfigError(f"{path}: is not the settings of a run") from None
+    return config

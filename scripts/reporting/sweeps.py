@@ -1,18 +1,15 @@
 """A page on the runs of a sweep, or of any folder that holds runs' folders."""
 
-import csv
 from collections import defaultdict
 from pathlib import Path
 
-from scripts.figures import read_metrics
+from configs.schema import ConfigError
 from scripts.reporting.charts import Points, curves, short
 from scripts.reporting.left import left_sections
 from scripts.reporting.page import Figure, Page, Section, Table
-from scripts.reporting.runs import is_run, loss_points, steps_of
-from train.metrics import FILE as METRICS
+from scripts.reporting.runs import is_run, loss_points, read_lines, steps_of
+from scripts.sweeps.results import FILE, POSITION, position, read
 
-RESULTS = "results.csv"
-_POSITION = "loss_from_"  # columns of held-out loss by position, before the bucket's first
 # Columns that are shown, those of words first, and how.
 _WORDS = ("job", "arm", "model", "device")
 _NUMBERS = ("non_embedding", "tokens", "epochs", "seed", "context", "lr", "flops_6nd", "flops_executed")
@@ -25,17 +22,20 @@ Row = dict[str, str]
 
 def is_sweep(folder: Path) -> bool:
     """Whether there are a sweep's results, or runs."""
-    return (folder / RESULTS).is_file() or bool(_runs(folder))
+    return (folder / FILE).is_file() or bool(_runs(folder))
 
 
 def sweep_page(folder: Path) -> Page:
-    """All there is to say of a sweep."""
-    rows, runs, errors = _results(folder), _runs(folder), sorted(folder.glob("*.error"))
+    """All there is to say of a sweep. Raises ConfigError where its results are damaged, or there is nothing to show."""
+    rows, runs, errors = read(folder / FILE), _runs(folder), sorted(folder.glob("*.error"))
+    if not (rows or runs or errors):
+        raise ConfigError(f"folder={folder}: {FILE} holds no finished job, and there are no runs")
+    training, notes = _losses(runs)
     facts = [("jobs done" if rows else "runs", str(len(rows) or len(runs))), ("jobs failed", str(len(errors)))]
     if rows:
         facts += [("tokens", short(sum(float(row["tokens"]) for row in rows))), ("hours", f"{_hours(rows):.2f}")]
         facts.append(("lowest held-out loss", f"{min(float(row['heldout_loss']) for row in rows):.4f}"))
-    failed = [[path.stem, path.read_text().strip()] for path in errors]
+    failed = [[path.stem, path.read_text(errors="replace").strip()] for path in errors]
     return Page(
         title=folder.name,
         subtitle=str(folder),
@@ -44,15 +44,11 @@ def sweep_page(folder: Path) -> Page:
             Section(title="Held-out loss", figures=_compute(rows) + _positions(rows)),
             Section(title="Results", tables=_table(rows)),
             Section(title="Failed jobs", tables=[Table(header=["job", "why"], rows=failed, texts=2)] if failed else []),
-            Section(title="Training", figures=_losses(runs)),
+            Section(title="Training", figures=training),
             *left_sections(folder),
         ],
+        notes=notes,
     )
-
-
-def _results(folder: Path) -> list[Row]:
-    file = folder / RESULTS
-    return list(csv.DictReader(file.open())) if file.is_file() else []
 
 
 def _runs(folder: Path) -> list[Path]:
@@ -83,7 +79,7 @@ def _positions(rows: list[Row]) -> list[Figure]:
         if float(row["flops_6nd"]) >= float(largest.get(row["arm"], {"flops_6nd": "0"})["flops_6nd"]):
             largest[row["arm"]] = row
     lines: dict[str, Points] = {
-        arm: [(int(key.removeprefix(_POSITION)), float(value)) for key, value in row.items() if key.startswith(_POSITION) and value]
+        arm: [(position(key), float(value)) for key, value in row.items() if key.startswith(POSITION) and value]
         for arm, row in largest.items()
     }
     shown = {arm: points for arm, points in lines.items() if len(points) > 1}
@@ -104,9 +100,10 @@ def _cell(column: str, value: str) -> str:
     return f"{float(value):.4f}" if column in _LOSSES else short(float(value))
 
 
-def _losses(runs: list[Path]) -> list[Figure]:
-    """Training losses of all runs, some in each figure."""
-    lines = {folder.name: loss_points(steps_of(read_metrics(folder / METRICS))) for folder in runs}
-    drawn = [(name, points) for name, points in lines.items() if points]
+def _losses(runs: list[Path]) -> tuple[list[Figure], list[str]]:
+    """Training losses of all runs, some in each figure, and notes on what their files lack."""
+    found = {folder.name: read_lines(folder) for folder in runs}
+    drawn = [(name, points) for name, (lines, _) in found.items() if (points := loss_points(steps_of(lines)))]
     parts = [drawn[start : start + _MOST_LINES] for start in range(0, len(drawn), _MOST_LINES)]
-    return [Figure(caption="training loss (nats a token)", content=curves(dict(part), x="training tokens")) for part in parts]
+    figures = [Figure(caption="training loss (nats a token)", content=curves(dict(part), x="training tokens")) for part in parts]
+    return figures, [note for _, notes in found.values() for note in notes]

@@ -42,6 +42,8 @@ class Group:
     gaps: Sequence[PairedGap]
     num_rows: int
     """Held-out rows that were drawn from; 0 where a run has kept none."""
+    rows_by_position: Mapping[int, int]
+    """Those of them that have tokens in a range of positions, by its first."""
     bucket: int
     """Tokens in a range of positions."""
 
@@ -104,6 +106,7 @@ def _group(
         losses={arm: float(np.mean([float(row["heldout_loss"]) for row in part])) for arm, part in arms.items()},
         gaps=gaps,
         num_rows=size,
+        rows_by_position={index * first.bucket: int(count) for index, count in enumerate((first.targets > 0).sum(axis=0))} if first else {},
         bucket=first.bucket if first else 0,
     )
 

@@ -19,7 +19,8 @@ def markdown(found: Comparison) -> str:
         f"# Arms of {found.config.results}",
         "Nats a token on held-out rows. A gap is the first arm's loss minus the other's, negative where the first is better. Its interval "
         f"is of {CONFIDENCE:.0%}, from {found.config.resamples:,} draws of the rows, the same ones for both; it is of the text alone: what "
-        "another seed would change is in the spread over seeds, where there are several.",
+        "another seed would change is in the spread over seeds, where there are several. How many rows there are stands beside it: rows of "
+        "one document resemble each other, so where few documents are held out it is too narrow.",
         "![Arms](compare.png)",
         *(f"Missing: {lacking}." for lacking in found.missing),
     ]
@@ -44,8 +45,8 @@ def _losses(group: Group) -> str:
     for arm, loss in group.losses.items():
         cells = [f"{loss:.4f}", *(_gap(gaps[arm]) if arm in gaps else ["", "", "", ""])]
         rows.append([arm, *cells])
-    text = table(["arm", "loss", f"{group.reference} − arm", "interval", "seeds", "sd over seeds"], rows)
-    return f"{text}\n\n{group.num_rows} held-out rows." if group.num_rows else text
+    interval = f"interval over {group.num_rows} held-out rows" if group.num_rows else "interval"
+    return table(["arm", "loss", f"{group.reference} − arm", interval, "seeds", "sd over seeds"], rows)
 
 
 def _gap(gap: PairedGap) -> list[str]:
@@ -61,10 +62,14 @@ def _positions(group: Group) -> str:
     gaps = [gap for gap in group.gaps if gap.by_position]
     lows = sorted({low for gap in gaps for low in gap.by_position})
     rows = [
-        [f"{low:,} to {low + group.bucket - 1:,}", *(f"{gap.by_position[low].value:+.4f} ({_range(gap.by_position[low])})" for gap in gaps)]
+        [
+            f"{low:,} to {low + group.bucket - 1:,}",
+            str(group.rows_by_position[low]),
+            *(f"{gap.by_position[low].value:+.4f} ({_range(gap.by_position[low])})" for gap in gaps),
+        ]
         for low in lows
     ]
-    return table(["positions", *(f"{group.reference} − {gap.arm}" for gap in gaps)], rows)
+    return table(["positions", "rows", *(f"{group.reference} − {gap.arm}" for gap in gaps)], rows)
 
 
 def plot(found: Comparison, path: Path) -> None:
@@ -91,7 +96,8 @@ def _plot_losses(group: Group, axes: Axes) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(-0.5, len(group.losses) - 0.5)
     axes.set_ylabel("held-out loss (nats per token)")
-    axes.set_title(f"{_title(group)}\nbars: interval of the gap to {group.reference}", fontsize=7)
+    bars = f"\nbars: interval of the gap to {group.reference} over {group.num_rows} held-out rows" if group.num_rows else ""
+    axes.set_title(f"{_title(group)}{bars}", fontsize=7)
 
 
 def _plot_positions(group: Group, axes: Axes) -> None:

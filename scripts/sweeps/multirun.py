@@ -1,7 +1,9 @@
 """Hydra's multirun: settings of several values become jobs, and Hydra's launchers and sweepers start them."""
 
 import importlib.util
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -11,8 +13,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from configs.mapping import nearest
 from configs.registry import CONFIG_DIR
 from configs.schema import ConfigError, SweepConfig, SweepLauncher
 from scripts.program import quoted
@@ -84,7 +88,18 @@ def multirun(config: SweepConfig, task: Callable[[list[str]], float], values: Se
             GlobalHydra.instance().clear()  # tasks compose configs of their own
             application.multirun(config_name=None, task_function=run, overrides=[*own, *_settings(config)], with_log_configuration=False)
     except (HydraException, OmegaConfBaseException) as error:
+        unknown = re.match(r"Could not override '([^']*)'", str(error))
+        if unknown:
+            raise ConfigError(f"{unknown[1]}: no such key{nearest(unknown[1], _hydra_keys(config))}") from None
         raise ConfigError(f"hydra: {' '.join(str(error).split())}") from None
+
+
+def _hydra_keys(config: SweepConfig) -> list[str]:
+    """`hydra.PART` and `hydra.PART.KEY`, with the plugins that a sweep takes."""
+    with hydra.initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
+        parts = hydra.compose(return_hydra_config=True, overrides=_settings(replace(config, hydra_settings=()))).hydra
+    keys = [(f"hydra.{name}", parts._get_node(name)) for name in parts]
+    return [key for part, node in keys for key in (part, *(f"{part}.{name}" for name in (node if OmegaConf.is_dict(node) else ())))]
 
 
 def _settings(config: SweepConfig) -> list[str]:

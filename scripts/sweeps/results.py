@@ -44,7 +44,10 @@ def read(path: Path) -> list[dict[str, str]]:
         text = path.read_text()
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
-    rows = list(csv.DictReader(io.StringIO(text)))
+    try:
+        rows = list(csv.DictReader(io.StringIO(text)))
+    except csv.Error as error:
+        raise ConfigError(f"{path}: cannot be read as CSV ({error})") from None
     columns = list(rows[0]) if rows else []
     missing = [name for name in COLUMNS if name not in columns]
     if rows and missing:

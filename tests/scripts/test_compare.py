@@ -1,6 +1,7 @@
 """Gaps between arms at one size: right on losses of known difference, on the same rows alone, and with what is missing named."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def test_the_command_writes_a_table_and_a_figure_and_names_what_is_missing(tmp_p
     text = (tmp_path / "compare.md").read_text()
     assert text.strip() in capsys.readouterr().out and (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert "Missing: moba(512, 3) lacks law_13m, 0 tokens, lr 0, seed 1." in text and "2,048 to 4,095" in text
+    assert f"interval over {NUM_ROWS} held-out rows |" in text and re.search(rf"\| 2,048 to 4,095 +\| +{NUM_ROWS} \|", text)
 
 
 def test_results_without_rows_have_gaps_without_intervals(tmp_path):

@@ -46,6 +46,7 @@ from tests.train.helpers import execute, overrides, start_ranks
 from train.distributed import Ranks
 from train.evaluate import Scores, choose_documents, document_losses, gain, stretch, windows
 from train.fragments import FragmentFolder
+from train.report import overview
 
 CPU = torch.device("cpu")
 QUICK = settings(max_examples=200, deadline=None)
@@ -288,7 +289,7 @@ def test_a_single_result_makes_a_whole_report(asked, tmp_path):
     perplexity = f"{math.exp(result['nats']):,.2f}"
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     assert ["1 to 1", "1", "1", perplexity] in rows and ["2 to 3", "1", "1", perplexity] in rows
-    assert sum(row[:2] == ["moba(32, 2)", "128"] for row in rows) == 1 and (tmp_path / "position.png").stat().st_size > 5000
+    assert sum(row[:2] == ["moba(32, 2)", "2"] for row in rows) == 1 and (tmp_path / "position.png").stat().st_size > 5000
 
 
 def test_cut_documents_and_bf16(asked):
@@ -341,9 +342,11 @@ def test_the_command_prints_the_table_and_the_files(asked, runs, corpus, capsys,
 
 
 def test_stretched_positions_reach_further(asked, tmp_path):
-    report = evaluate(asked("rope.scaling=yarn", "rope.factor=2", f"output_dir={tmp_path}", "contexts=[1024]", "max_documents=1"))
-    plain = evaluate(asked(f"output_dir={tmp_path}", "contexts=[512]", "max_documents=1"))
-    assert report["results"][0]["context"] == 1024 and report["results"][0]["loss"] != plain["results"][0]["loss"]
+    further = ["rope.scaling=yarn", "rope.factor=2", f"output_dir={tmp_path}", "max_documents=1"]
+    report = evaluate(asked(*further, "contexts=[400]"))
+    plain = evaluate(asked(f"output_dir={tmp_path}", "contexts=[400]", "max_documents=1"))
+    assert report["results"][0]["loss"] != plain["results"][0]["loss"]
+    assert "no scored document is that long" in refused(lambda: asked(*further, "contexts=[1024]"))  # 512 positions no longer are the limit
     with pytest.raises(ConfigError, match="scaling=linear, which alone can go on"):
         stretch(StageConfig(rope=LINEAR), RunConfig(), StretchConfig(scaling=RopeScaling.NTK, factor=2.0))
     further = stretch(StageConfig(rope=LINEAR), RunConfig(), StretchConfig(scaling=RopeScaling.LINEAR, factor=3.0))
@@ -366,6 +369,33 @@ def test_gain_is_of_the_same_tokens_with_documents_as_draws():
     clusters = [(a - b - difference).sum() for a, b in counted]
     assert found.standard_error == pytest.approx(math.sqrt(sum(c * c for c in clusters)) / 130, rel=1e-4)
     assert gain(short, long, context=300) is None
+
+
+def test_what_documents_are_too_short_for_is_named_and_not_shown(asked, corpus, tmp_path):
+    longest = Corpus.open(corpus).split("heldout").lengths.max()
+    assert 128 < longest < 500
+    rules = 'attentions=["moba(32, 2)","moba(8, 2)","full"]'
+    plain = [f"output_dir={tmp_path}", "contexts=[16,64,500]", "max_documents=2", rules]
+    report = evaluate(asked(*plain, "suite.parts=[perplexity,gates]", "suite.gain_from=64"))
+    assert {row["context"] for part in ("results", "gates") for row in report[part]} == {16, 64}
+    assert report["not_measured"] == [
+        f"perplexity and gates at a context of 500: the longest scored document has {longest} tokens.",
+        "gain from context: no context above 64 is measured.",
+        "gates of moba(32, 2) at a context of 16: no query has more past blocks than it may choose.",
+        "gates of moba(32, 2) at a context of 64: no query has more past blocks than it may choose.",
+        "gates of moba(8, 2) at a context of 16: no query has more past blocks than it may choose.",
+    ]
+    assert [bool(row["heads"]) for row in report["gates"]] == [False, False, False, True] and (tmp_path / "gates.png").exists()
+    for text in ((tmp_path / "evaluation.md").read_text(), overview(report)):
+        assert all(f"- Not measured: {said}\n" in f"{text}\n" for said in report["not_measured"])
+    measured = evaluate(asked(*plain, "contexts=[16,128]", "suite.gain_from=64"))
+    assert measured["not_measured"] == [] and measured["results"][-1]["gain"]["tokens"] > 0
+
+
+def test_a_trained_context_that_no_document_fills_is_taken_as_far_as_they_go(asked, tmp_path):
+    report = evaluate(asked(f"output_dir={tmp_path}", "contexts=[]", "max_document_tokens=50"))
+    assert [result["context"] for result in report["results"]] == [50]
+    assert report["not_measured"] == ["perplexity at a context of 128: the longest scored document has 50 tokens."]
 
 
 def test_benchmarks_without_their_package_are_one_line(asked, monkeypatch):
@@ -395,6 +425,8 @@ def test_mistakes_are_named_before_the_work(asked, tmp_path, corpus, monkeypatch
     mistakes = {
         f"checkpoint={tmp_path}/none": [f"checkpoint={tmp_path}/none: no such checkpoint or run folder"],
         "contexts=[16,1030]": ["contexts=1030", "model.max_seq_len=512", "rope.scaling=yarn rope.factor=3 would allow it"],
+        "contexts=[500,510]": ["contexts=500,510: no scored document is that long", f"the longest has {longest} tokens"],
+        "max_document_tokens=10": ["contexts=16,128", "the longest has 10 tokens", "max_document_tokens"],
         "rope.factor=2": ["rope.factor=2.0", "needs a scaling: linear, ntk, yarn or llama3"],
         "rope.scaling=ntk": ["rope.factor=1.0", "greater than 1"],
         "suite=long": ["suite.gain_from=1024", "below one of contexts=[16, 128]"],
@@ -415,6 +447,8 @@ def test_mistakes_are_named_before_the_work(asked, tmp_path, corpus, monkeypatch
         f"output_dir={tmp_path}/file/below": [f"output_dir={tmp_path}/file/below: cannot be made"],
     }
     assert "no layer is MoBA" in refused(lambda: asked("suite.parts=[gates]", "attentions=[full]"))
+    nothing = refused(lambda: asked("suite.parts=[gates]", "attentions=[moba]", "contexts=[64]"))
+    assert nothing.startswith("suite.parts=gates: nothing to measure. gates of moba(32, 2) at a context of 64: no query has more past")
     for override, wanted in mistakes.items():
         message = refused(lambda override=override: asked(override))
         assert all(words in message for words in wanted), message

@@ -17,6 +17,7 @@ from scripts.figures import plot_losses
 from scripts.report import make_page
 from scripts.reporting.charts import short, thinned
 from scripts.reporting.page import Page, render
+from scripts.sweeps.results import COLUMNS
 from tests.train.helpers import make_run
 
 _VOID = {"meta", "img", "br", "hr", "input", "link"}
@@ -145,9 +146,20 @@ def test_what_other_commands_left_is_taken_in(run_dir):
     assert render(page).count('<img src="data:image/png;base64,') == 2  # the one in the text is not shown again
 
 
-def test_a_run_without_its_settings_has_a_page(run_dir):
+def test_a_run_without_its_settings_has_a_page_that_says_so(run_dir):
     (run_dir / "config.json").unlink()
-    assert "4.096K" in read(make_page(run_dir))
+    said = read(make_page(run_dir))
+    assert "4.096K" in said and "config.json is not there: neither stages nor settings are shown." in said
+
+
+def test_damaged_lines_are_left_out_and_counted(run_dir):
+    whole = make_page(run_dir)
+    assert whole.notes == []
+    with (run_dir / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 9, "loss": 1.0}\n{"event": "gate", "step": 8}\n[]\n\n\xff\x00\n{"step": 9, "lo')
+    page = make_page(run_dir)
+    assert page.facts == whole.facts and f"Damaged lines of {run_dir}/metrics.jsonl, left out: 5." in read(page)
+    assert page.notes == make_page(run_dir.parent).notes
 
 
 # --- a sweep ---------------------------------------------------------------------------------------------------------------------------
@@ -156,11 +168,12 @@ def test_a_run_without_its_settings_has_a_page(run_dir):
 def test_a_sweep_in_figures_and_words(run_dir, tmp_path):
     sweep = tmp_path / "sweep"
     rows = []
-    for size, compute in (("small", 1e15), ("large", 3e17)):
+    for size, compute in (("small", 10**15), ("large", 3 * 10**17)):
         for arm in ("full", "moba(64, 3)"):
             write_lines(sweep / f"{size}-{arm}" / "metrics.jsonl", [step(number) for number in range(1, 4)])
-            row = {"job": f"{size}-{arm}", "arm": arm, "tokens": 1e6, "seconds": 1800, "flops_6nd": compute, "flops_executed": 2 * compute}
-            rows.append(row | {"heldout_loss": 3.25 - compute / 1e18, "trailing_loss": "", "loss_from_0": 4, "loss_from_64": 3})
+            row = dict.fromkeys(COLUMNS, "1") | {"key": f"{size}-{arm}", "job": f"{size}-{arm}", "arm": arm, "tokens": 10**6}
+            row |= {"seconds": 1800, "flops_6nd": compute, "flops_executed": 2 * compute, "heldout_loss": 3.25 - compute / 1e18}
+            rows.append(row | {"trailing_loss": "", "loss_from_0": 4, "loss_from_64": 3})
     with (sweep / "results.csv").open("w") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -202,12 +215,26 @@ def test_the_command_writes_the_page(run_dir, monkeypatch, capsys):
         (["RUN/none"], "folder=RUN/none: no such folder"),
         (["RUN/empty"], "folder=RUN/empty: holds neither the metrics.jsonl of a run, nor results.csv of a sweep, nor folders of runs"),
         (["RUN/begun"], "folder=RUN/begun: metrics.jsonl has no step yet"),
+        (["RUN/cut"], "RUN/cut/config.json: cannot be read (Expecting value: line 1 column 12 (char 11))"),
+        (["RUN/other"], "RUN/other/config.json: is not the settings of a run"),
+        (["RUN/no_jobs"], "folder=RUN/no_jobs: results.csv holds no finished job, and there are no runs"),
+        (["RUN/foreign"], "RUN/foreign/results.csv: is not the results of a sweep; it has no column key"),
+        (["RUN/short"], "RUN/short/results.csv: line 2 does not have as many values as the header"),
+        (["RUN/quotes"], "RUN/quotes/results.csv: cannot be read as CSV (field larger than field limit (131072))"),
         (["RUN", "output=RUN/none/page.html"], "output=RUN/none/page.html: cannot be written (No such file or directory)"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, message, run_dir, monkeypatch, capsys):
     (run_dir / "empty").mkdir()
     write_lines(run_dir / "begun" / "metrics.jsonl", [])
+    for name, text in (("cut", '{"stages": '), ("other", '{"stages": [{"name": "main"}]}')):
+        write_lines(run_dir / name / "metrics.jsonl", [step(1)])
+        (run_dir / name / "config.json").write_text(text)
+    header = ",".join(COLUMNS)
+    damaged = {"no_jobs": "", "foreign": "a,b\n1,2\n", "short": f"{header}\n1,2\n", "quotes": f'{header}\n"' + "1,2\n" * 40_000}
+    for name, text in damaged.items():
+        (run_dir / name).mkdir()
+        (run_dir / name / "results.csv").write_text(text)
     with pytest.raises(SystemExit) as ended:
         typed(monkeypatch, *(word.replace("RUN", str(run_dir)) for word in arguments))
     assert (ended.value.code, capsys.readouterr().err) == (2, f"error: {message.replace('RUN', str(run_dir))}\n")

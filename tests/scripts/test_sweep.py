@@ -28,6 +28,7 @@ from scripts.program import quoted
 from scripts.sweeps import task
 from scripts.sweeps.costs import plan_of
 from scripts.sweeps.jobs import Job, make_jobs
+from scripts.sweeps.multirun import multirun
 from scripts.sweeps.results import COLUMNS, arm, read
 from scripts.sweeps.table import JobTable
 from scripts.sweeps.task import trials_file
@@ -172,6 +173,32 @@ def test_a_job_is_known_wherever_its_corpus_and_its_folder_lie():
 def test_a_mistake_is_named_before_the_first_job(overrides, message):
     with pytest.raises(ConfigError, match=message):
         make_jobs(config_of(TINY[0], f"overrides=[{quoted(overrides)}]"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep=scaling_law_tiny", "concurent=2"], "concurent: no such key, did you mean 'concurrent'?"),
+        (["swep=scaling_law_tiny"], "swep: no such key, did you mean 'sweep'?"),
+        (["sweep=scaling_law_tiny", "model.hiden_size=1,2"], "model.hiden_size: no such key, did you mean 'model.hidden_size'?"),
+        (["sweep=scaling_law_tiny", "suite=long"], "suite: no such key; python -m scripts.evaluate has it"),
+        (["sweep=scaling_law_tny"], "sweep=scaling_law_tny: no such config, did you mean 'scaling_law_tiny'?; accepted: "),
+    ],
+)
+def test_a_mistyped_key_is_named_with_the_nearest(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sweep", *arguments])
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith(f"error: {message}") and said.count("\n") == 1
+
+
+def test_a_mistyped_key_of_hydra_is_named_with_the_nearest(tmp_path):
+    for key, near in (("hydra.launchr.n_jobs", "hydra.launcher.n_jobs"), ("hydra.launcher.njobs", "hydra.launcher.n_jobs")):
+        config = config_of(TINY[0], f"sweep_dir={tmp_path}", "concurrent=2", f"hydra_settings=['{key}=2']")
+        with pytest.raises(ConfigError, match=rf"^{key}: no such key, did you mean '{near}'\?$"):
+            multirun(config, lambda values: pytest.fail("a job began"), ["0"])
 
 
 def test_gpus_of_places():
