@@ -44,7 +44,7 @@ def markdown(study: Study) -> str:
 
 
 def _all(rows: Sequence[Row], name: str) -> str:
-    return ", ".join(sorted({row[name] for row in rows}))
+    return ", ".join(sorted({row[name] for row in rows} - {""})) or "unknown"
 
 
 def _laws(study: Study) -> str:

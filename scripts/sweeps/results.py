@@ -129,7 +129,7 @@ def collect(job: Job, device: str) -> dict[str, Any]:
         "seconds": round(sum(line["step_seconds"] for line in steps.values()), 1),
         "device": device,
         "run_dir": run.run_dir,
-        "git": f"{git['commit']}{'+' if git['dirty'] else ''}",
+        "git": f"{git['commit'] or ''}{'+' if git['dirty'] else ''}",
         ROWS: _heldout_rows(Path(run.run_dir) / HELDOUT, run.last_step),
     } | {f"{POSITION}{low}": loss for low, loss in by_position.items()}
 
