@@ -10,14 +10,13 @@ import socket
 import pytest
 import torch
 
-
-def pytest_configure():
-    if not torch.cuda.is_available():
-        # Triton decides as it is imported, and any test may be the first to do so. Child processes of tests shall not inherit it.
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            importlib.import_module("model.ops.moba.triton.operator")
-            importlib.import_module("model.ops.loss.kernel")
+if not torch.cuda.is_available():
+    # Triton decides as it is imported, and any test, or another conftest, may be the first to do so. Child processes of tests shall not
+    # inherit it.
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TRITON_INTERPRET", "1")
+        importlib.import_module("model.ops.moba.triton.operator")
+        importlib.import_module("model.ops.loss.kernel")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -27,7 +27,8 @@ FACTS = {"torch": "2", "date": "2026-01-01", "command": "python -m scripts.bench
 
 
 def config(*overrides: str) -> TrainBenchmarkConfig:
-    return compose(TrainBenchmarkConfig, config_name="benchmark_train", overrides=["model=tiny", "device=cpu", *overrides])
+    small = ["model=tiny", "device=cpu", "attention.block_size=64", 'attentions=["full","moba(64, 3)"]']
+    return compose(TrainBenchmarkConfig, config_name="benchmark_train", overrides=[*small, *overrides])
 
 
 # --- the command line ----------------------------------------------------------------------------------------------------------------
@@ -72,10 +73,10 @@ def test_cases_are_lengths_by_attentions_and_the_peer_at_each():
     hybrid = "last 1 full, rest moba"
     assert shown(all_cases(asked)) == [
         ("framework", 256, 2, "full"),
-        ("framework", 256, 2, "moba(512, 3)"),
+        ("framework", 256, 2, "moba(64, 3)"),
         ("framework", 256, 2, hybrid),
         ("transformers", 256, 2, "full"),
-        ("framework", 1024, 1, "moba(512, 3)"),
+        ("framework", 1024, 1, "moba(64, 3)"),
         ("framework", 1024, 1, hybrid),
     ]
 
@@ -143,7 +144,7 @@ def test_what_training_refuses_is_refused_before_the_first_case(overrides, messa
         (["train", "model=tiny", "lengths=64", "device=cpu", "parallel.loss=liger"], "parallel.loss=liger: the device is cpu"),
         (["train", "model=tiny", "lengths=64", "device=cpu", "activation.rule=offload"], "host memory for 1 ranks"),
         (
-            ["equality", 'settings=["model=tiny","device=cuda","stages.0.seq_len=128"]', "steps=1"],
+            ["equality", 'settings=["model=tiny","device=cuda","stages.0.seq_len=128","attention.block_size=64"]', "steps=1"],
             "1 rank, ZeRO 1: device=cuda: rank 0 of this machine needs a GPU",
         ),
     ],
