@@ -73,13 +73,15 @@ def check_stage(run: RunConfig, stage: StageConfig, index: int, world_size: int)
             f"{near} is the nearest"
         )
     groups, micro_batch_rows = run.parallel.data_parallel(world_size), run.micro_batch_rows(stage, world_size)
-    together = groups * micro_batch_rows
+    derived = run.parallel.micro_batch_tokens > 0  # micro-batches then divide what a group gets, whatever that is
+    together = groups if derived else groups * micro_batch_rows
     if stage.rows % together != 0:
         near = max(1, round(stage.rows / together)) * together * stage.seq_len
         sharing = f"{groups} groups of {degree} ranks" if degree > 1 else f"{world_size} ranks"
+        does_not = "do not" if derived else f"× parallel.micro_batch_rows={micro_batch_rows} = {together} does not"
         raise ConfigError(
-            f"{key}.batch_tokens={stage.batch_tokens}: is {stage.rows} rows of {stage.seq_len}, which {sharing} × "
-            f"parallel.micro_batch_rows={micro_batch_rows} = {together} does not divide; {near} is the nearest that it does"
+            f"{key}.batch_tokens={stage.batch_tokens}: is {stage.rows} rows of {stage.seq_len}, which {sharing} {does_not} divide; "
+            f"{near} is the nearest that {'they do' if derived else 'it does'}"
         )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from configs.model_file import read_json
 from configs.schema import ConfigError, TokenizerKind
 
 FILE_NAMES = {"tokenizer.model": TokenizerKind.SENTENCEPIECE, "tokenizer.json": TokenizerKind.HUGGINGFACE}
@@ -202,8 +203,12 @@ def tokenizer_hashes(folder: Path) -> list[str]:
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copies the tokenizer in `source` with all that goes with it into the folder `target`; the names of the files."""
+    """Copies the tokenizer in `source` with all that goes with it into the folder `target`; the names of the files. Raises ConfigError
+    naming one that says it is JSON and holds no object, before anything is copied."""
     names = [name for name in (*FILE_NAMES, *_COMPANIONS) if (source / name).is_file()]
+    for name in names:
+        if name.endswith(".json"):
+            read_json(source / name)
     for name in names:
         shutil.copyfile(source / name, target / name)
     return names

@@ -328,6 +328,19 @@ def test_a_mistake_on_the_command_line_is_one_line(convert, capsys, arguments, s
     assert (end.value.code, capsys.readouterr().err) == (2, f"error: {says}\n")
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(("content", "says"), [("{cut", "is not JSON"), ("[1]", "must hold an object, it holds a list")])
+def test_a_damaged_file_of_the_tokenizer_is_named_and_nothing_is_kept(convert, llama, tmp_path, capsys, name, content, says):
+    theirs = tmp_path / "theirs"
+    shutil.copytree(llama, theirs)
+    (theirs / name).write_text(content)
+    with pytest.raises(SystemExit) as end:
+        convert("from_hf", theirs, tmp_path / "ours")
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith(f"error: {theirs / name}: {says}") and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [theirs]
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["from_hf", "--help"], ["to_hf", "-h"]])
 def test_help_says_both_forms(convert, capsys, arguments):
     convert(*arguments)

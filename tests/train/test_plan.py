@@ -349,6 +349,10 @@ def test_a_plan_says_what_each_stage_reads_of_a_prepared_corpus(corpus):
             ["num_gpus=3"],
             r"^stages.0.batch_tokens=8192: is 4 rows of 2048, which 3 ranks × parallel.micro_batch_rows=1 = 3 does not divide; 6144 is",
         ),
+        (
+            ["num_gpus=3", "parallel.micro_batch_tokens=2048"],
+            r"^stages.0.batch_tokens=8192: is 4 rows of 2048, which 3 ranks do not divide; 6144 is the nearest that they do$",
+        ),
         (["stages.0.batch_tokens=5000"], r"^stages.0.batch_tokens=5000: must be a multiple of seq_len=2048; 4096 and 6144 are$"),
         (["stages.0.batch_tokens=500"], r"^stages.0.batch_tokens=500: must be a multiple of seq_len=2048; 2048 is the least$"),
         (["stages.0.seq_len=16384", "stages.0.batch_tokens=16384"], r"^stages.0.seq_len=16384: is beyond the positions RoPE .*=8192"),
