@@ -1,7 +1,10 @@
-"""Our model behind lm-eval's interface, on a local task; only where that optional package is installed."""
+"""Our model behind lm-eval's interface; on a local task where that optional package is installed."""
 
+import contextlib
+import importlib.util
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -13,12 +16,10 @@ from data.shards import Corpus
 from model.init import initialise
 from model.transformer import Transformer
 from tests.model.helpers import tiny_config
+from tests.train import lm_eval_stub
 
-pytest.importorskip("lm_eval", reason="lm-eval is optional")
-
-from lm_eval.api.instance import Instance
-
-from train.harness import Benchmarks, HarnessModel
+IS_INSTALLED = importlib.util.find_spec("lm_eval") is not None
+needs_lm_eval = pytest.mark.skipif(not IS_INSTALLED, reason="lm-eval is optional")
 
 MOBA = LayerAttention(kind="moba", block_size=8, topk=2)
 REQUESTS = [
@@ -31,25 +32,36 @@ REQUESTS = [
 
 
 @pytest.fixture(scope="module")
-def asked(corpus) -> HarnessModel:
+def harness():
+    """The module, on lm-eval or on what stands for it."""
+    with contextlib.nullcontext() if IS_INSTALLED else lm_eval_stub.installed():
+        yield importlib.import_module("train.harness")
+    sys.modules.pop("train.harness")
+
+
+@pytest.fixture(scope="module")
+def asked(corpus, harness):
     config = tiny_config(vocab_size=512)
     model = Transformer(config, (MOBA,) * 2, RopeConfig())
     initialise(model, config, seed=2)
-    return HarnessModel(model.eval(), Corpus.open(corpus).tokenizer, context=64, device=torch.device("cpu"))
+    return harness.HarnessModel(model.eval(), Corpus.open(corpus).tokenizer, context=64, device=torch.device("cpu"))
 
 
-def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
-    return [Instance(request_type=kind, doc={}, arguments=each, idx=number) for number, each in enumerate(arguments)]
+def instances(kind: str, arguments: list[tuple]) -> list:
+    return [
+        sys.modules["lm_eval.api.instance"].Instance(request_type=kind, doc={}, arguments=each, idx=number)
+        for number, each in enumerate(arguments)
+    ]
 
 
 @torch.no_grad()
-def logits_of(asked: HarnessModel, tokens: list[int]) -> torch.Tensor:
+def logits_of(asked, tokens: list[int]) -> torch.Tensor:
     bounds = torch.tensor([0, len(tokens)], dtype=torch.int32)
     return asked._model(torch.tensor(tokens), torch.arange(len(tokens)), bounds).double().log_softmax(-1)
 
 
-def test_answers_have_the_log_probability_of_one_pass_each(asked, monkeypatch):
-    monkeypatch.setattr("train.harness.PASS_TOKENS", 60)  # the short ones share a pass
+def test_answers_have_the_log_probability_of_one_pass_each(asked, harness, monkeypatch):
+    monkeypatch.setattr(harness, "PASS_TOKENS", 60)  # the short ones share a pass
     before, encode = asked.cut, asked.tok_encode
     found = asked.loglikelihood(instances("loglikelihood", REQUESTS), disable_tqdm=True)
     for (context, continuation), (log_probability, is_greedy) in zip(REQUESTS, found, strict=True):
@@ -81,7 +93,8 @@ def test_writing_ends_before_the_text_that_ends_it(asked):
         asked.generate_until(instances("generate_until", [("a", {"max_gen_toks": 64})]))
 
 
-def test_a_local_task_runs_offline(asked, tmp_path):
+@needs_lm_eval
+def test_a_local_task_runs_offline(asked, harness, tmp_path):
     rows = [{"question": f"{n} and {n} is", "choices": [f" {2 * n}", f" {3 * n}"], "answer": n % 2} for n in range(1, 9)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "sums.yaml").write_text(
@@ -90,7 +103,7 @@ def test_a_local_task_runs_offline(asked, tmp_path):
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
     suite = SuiteConfig(parts=(EvaluationPart.BENCHMARKS,), benchmarks=("own_sums",), benchmark_dir=str(tmp_path))
-    (row,) = Benchmarks(suite).run(asked)
+    (row,) = harness.Benchmarks(suite).run(asked)
     right = []
     for each in rows:
         pair = [(each["question"], f" {choice}") for choice in each["choices"]]  # lm-eval puts a space between them
@@ -101,6 +114,7 @@ def test_a_local_task_runs_offline(asked, tmp_path):
     assert row["standard_error"] == pytest.approx(math.sqrt(np.var(right) / 7), abs=1e-6)
 
 
+@needs_lm_eval
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -108,6 +122,24 @@ def test_a_local_task_runs_offline(asked, tmp_path):
         ({"benchmarks": ("hellaswag",), "benchmark_dir": "none"}, "suite.benchmark_dir=none: no such folder"),
     ],
 )
-def test_what_lm_eval_does_not_have_is_refused(changes, message):
+def test_what_lm_eval_does_not_have_is_refused(harness, changes, message):
     with pytest.raises(ConfigError, match=message):
-        Benchmarks(SuiteConfig(parts=(EvaluationPart.BENCHMARKS,), **changes))
+        harness.Benchmarks(SuiteConfig(parts=(EvaluationPart.BENCHMARKS,), **changes))
+
+
+@needs_lm_eval
+def test_what_stands_for_lm_eval_has_its_interface(harness):
+    """Each abstract method is one that our model has, and both make the same requests of the same pairs."""
+    model, instance = sys.modules["lm_eval.api.model"].TemplateLM, sys.modules["lm_eval.api.instance"].Instance
+    assert not harness.HarnessModel.__abstractmethods__ and model.__abstractmethods__
+    made = instance(request_type="loglikelihood", doc={}, arguments=("a", "b"), idx=0)
+    assert made.args == lm_eval_stub.Instance(request_type="loglikelihood", doc={}, arguments=("a", "b"), idx=0).args
+    requests = []
+    for base in (model, lm_eval_stub.TemplateLM):
+        asking = type("Asking", (base,), dict.fromkeys(model.__abstractmethods__))
+        asking.prefix_token_id, asking.eot_token_id = 1, 2
+        asking.tok_encode = lambda self, text, add_special_tokens=None, **more: list(text.encode())
+        asking._loglikelihood_tokens = lambda self, asked, **more: asked
+        pairs = [lm_eval_stub.Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0) for pair in REQUESTS]
+        requests.append([(list(context), list(answer)) for _, context, answer in asking().loglikelihood(pairs)])
+    assert requests[0] == requests[1]
