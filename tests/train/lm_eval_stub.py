@@ -4,6 +4,7 @@ test_harness.py holds it to the real package where that is installed.
 """
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,23 @@ class Instance:
         return self.arguments
 
 
-class TemplateLM:
+class TemplateLM(ABC):
+    @property
+    @abstractmethod
+    def eot_token_id(self) -> int: ...
+
+    @abstractmethod
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]: ...
+
+    @abstractmethod
+    def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]: ...
+
+    @abstractmethod
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]: ...
+
+    @abstractmethod
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]: ...
+
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Pairs of texts as pairs of ids: a context's last spaces belong to what follows; an empty one is the prefix."""
         asked = []

@@ -1,7 +1,9 @@
 """Our model behind lm-eval's interface; on a local task where that optional package is installed."""
 
 import contextlib
+import dataclasses
 import importlib.util
+import inspect
 import json
 import math
 import sys
@@ -129,11 +131,13 @@ def test_what_lm_eval_does_not_have_is_refused(harness, changes, message):
 
 @needs_lm_eval
 def test_what_stands_for_lm_eval_has_its_interface(harness):
-    """Each abstract method is one that our model has, and both make the same requests of the same pairs."""
+    """The same methods to write with the same parameters, instances made of the same values, and the same requests of the same pairs."""
     model, instance = sys.modules["lm_eval.api.model"].TemplateLM, sys.modules["lm_eval.api.instance"].Instance
-    assert not harness.HarnessModel.__abstractmethods__ and model.__abstractmethods__
-    made = instance(request_type="loglikelihood", doc={}, arguments=("a", "b"), idx=0)
-    assert made.args == lm_eval_stub.Instance(request_type="loglikelihood", doc={}, arguments=("a", "b"), idx=0).args
+    assert _to_write(model) == _to_write(lm_eval_stub.TemplateLM)
+    required = [name for name, each in inspect.signature(instance).parameters.items() if each.default is each.empty]
+    assert required == [each.name for each in dataclasses.fields(lm_eval_stub.Instance)]
+    made, ours = (kind(request_type="loglikelihood", doc={}, arguments=("a", "b"), idx=0) for kind in (instance, lm_eval_stub.Instance))
+    assert made.args == ours.args
     requests = []
     for base in (model, lm_eval_stub.TemplateLM):
         asking = type("Asking", (base,), dict.fromkeys(model.__abstractmethods__))
@@ -143,3 +147,9 @@ def test_what_stands_for_lm_eval_has_its_interface(harness):
         pairs = [lm_eval_stub.Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0) for pair in REQUESTS]
         requests.append([(list(context), list(answer)) for _, context, answer in asking().loglikelihood(pairs)])
     assert requests[0] == requests[1]
+
+
+def _to_write(model: type) -> dict[str, list[str]]:
+    """The parameters of each abstract method, none of a property."""
+    members = {name: getattr(model, name) for name in model.__abstractmethods__}
+    return {name: [] if isinstance(each, property) else list(inspect.signature(each).parameters) for name, each in members.items()}
