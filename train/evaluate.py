@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +18,7 @@ from data.loader import IGNORE, Batch
 from data.shards import Corpus, DocumentTable
 from data.tokenizer import Tokenizer
 from model.transformer import Transformer
-from train.distributed import Ranks, sum_over_ranks
+from train.distributed import Ranks, gather_objects, sum_over_ranks
 from train.engine import Engine
 
 Advance = Callable[[int], None]
@@ -41,6 +42,8 @@ class HeldoutLosses:
     """int64 [rows, buckets]: their number."""
     checksums: Sequence[int]
     """CRC-32 of each row's targets: those of two runs agree where their rows are the same text under the same tokenizer."""
+    documents: Sequence[Sequence[int]]
+    """Numbers of the held-out documents that each row's tokens are of, the one with most tokens first."""
 
     @property
     def loss(self) -> float:
@@ -58,6 +61,7 @@ class HeldoutLosses:
         return {
             "position_bucket": self.bucket,
             "checksums": list(self.checksums),
+            "documents": [list(row) for row in self.documents],
             "targets": self.targets.tolist(),
             "nats": [[round(value, 4) for value in row] for row in self.nats.tolist()],
         }
@@ -86,7 +90,23 @@ def heldout_losses(engine: Engine, batches: Sequence[Batch], ranks: Ranks, *, bu
     is_row = targets.any(axis=1)  # what fills up has no targets
     assert targets.sum() == batches[0].step_targets
     checksums = [round(value) for value in summed[is_row, -1].tolist()]
-    return HeldoutLosses(bucket=bucket, nats=nats[is_row], targets=targets[is_row], checksums=checksums)
+    told = gather_objects([_documents(batch) for batch in batches])[::degree]  # in the order of `filled`, with what fills up
+    documents = [row for rows in zip(*told, strict=True) for row in rows]
+    return HeldoutLosses(
+        bucket=bucket,
+        nats=nats[is_row],
+        targets=targets[is_row],
+        checksums=checksums,
+        documents=[row for row, counts in zip(documents, is_row, strict=True) if counts],
+    )
+
+
+def _documents(batch: Batch) -> list[int]:
+    """Numbers of the documents of a batch, the one with most tokens first."""
+    tokens: Counter[int] = Counter()
+    for origin, length in zip(batch.documents, batch.cu_seqlens.diff().tolist(), strict=True):
+        tokens[origin.document] += length
+    return [number for number, _ in tokens.most_common()]
 
 
 AttentionSettings = dict[str, tuple[LayerAttention, ...]]

@@ -122,6 +122,8 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_zero_stage(whole, corpus
             assert other_loss == pytest.approx(loss, rel=ROUNDING)
             assert other_norm == pytest.approx(norm, rel=20 * ROUNDING)
         assert _state(resumed)["stream"] == _state(unbroken)["stream"]
+        rows, other_rows = (json.loads((folder / "heldout_rows.json").read_text()) for folder in (unbroken, resumed))
+        assert all(rows[key] == other_rows[key] for key in ("checksums", "documents")) and len(rows["documents"]) == 3
         assert [line["tokens_by"] for line in lines(resumed) if "event" not in line] == [
             line["tokens_by"] for line in lines(unbroken) if "event" not in line
         ]

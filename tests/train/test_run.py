@@ -70,11 +70,13 @@ def test_heldout_loss_by_position_is_the_loss_of_the_tokens_there(corpus, ranks,
     (event,) = events(tmp_path / "run", "evaluation")
     model = Transformer(run.model, run.stages[0].attention.per_layer(2), run.stages[0].rope)
     load_into(model, tmp_path / "run" / "checkpoints" / "step_00000001")
-    found, of_rows = defaultdict(list), []
+    found, of_rows, documents = defaultdict(list), [], []
     for batch in heldout_rows(Corpus.open(corpus), seq_len=128, rows=5):
         with torch.no_grad():
             losses = model(batch.tokens.flatten(), batch.positions.flatten(), batch.cu_seqlens, batch.labels.flatten()).tolist()
         of_rows.append(sum(losses))  # nothing is lost where there is no target
+        owners = [origin.document for origin, length in zip(batch.documents, batch.cu_seqlens.diff(), strict=True) for _ in range(length)]
+        documents.append(sorted(set(owners), key=lambda number, row=owners: (-row.count(number), row.index(number))))
         for loss, label, position in zip(losses, batch.labels.flatten().tolist(), batch.positions.flatten().tolist(), strict=True):
             if label != IGNORE:
                 found[str(position // 48 * 48)].append(loss)
@@ -84,6 +86,7 @@ def test_heldout_loss_by_position_is_the_loss_of_the_tokens_there(corpus, ranks,
     assert (kept["step"], kept["context"], kept["position_bucket"]) == (1, 128, 48) and len(set(kept["checksums"])) == 5
     assert np.sum(kept["targets"], axis=0).tolist() == [len(found[low]) for low in ("0", "48", "96")]
     assert np.sum(kept["nats"], axis=1) == pytest.approx(of_rows, abs=1e-3)
+    assert kept["documents"] == documents and any(len(row) > 1 for row in documents)
     assert event["heldout_loss"] == pytest.approx(sum(map(sum, found.values())) / sum(map(len, found.values())), abs=1e-6)
 
 
