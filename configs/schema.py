@@ -994,7 +994,7 @@ class CompareConfig:
     arms: tuple[str, ...] = ()
     """Arms to compare, as the column `arm` has them: the gap is the first minus each other. Empty: all, full first."""
     resamples: int = 2000
-    """Draws of held-out rows behind each interval."""
+    """Draws of held-out documents, or of rows where these are not known, behind each interval."""
     seed: int = 0
     """Seeds the draws."""
     output_dir: str = ""

@@ -3,8 +3,8 @@
     arms='["full","moba(512, 3)"]'          these arms, gaps to the first
 
 For runs that differ in nothing but arm and seed: losses, and the gap to the first arm with a 95 % interval by paired bootstrap over
-held-out rows, over all positions and by range. Writes compare.md and compare.png beside the results, or into output_dir. Laws over several
-sizes: python -m scripts.fit.
+held-out documents (over rows, where runs have not kept whose they are), over all positions and by range. Writes compare.md and compare.png
+beside the results, or into output_dir. Laws over several sizes: python -m scripts.fit.
 """
 
 import sys

@@ -1,7 +1,8 @@
 """What one arm costs over another where all else is equal: gaps on the same held-out rows, their intervals by paired bootstrap.
 
-Rows are drawn with replacement, the same ones for both arms, so that what makes a row hard for both falls out of the gap. The interval is
-of the text: another training differs by its seed too, whose spread is said beside it where there are several.
+Documents are drawn with replacement and bring all their rows, which resemble each other (a cluster bootstrap); rows are drawn where a run
+has not kept whose they are. They are the same ones for both arms, so that what makes a row hard for both falls out of the gap. The
+interval is of the text: another training differs by its seed too, whose spread is said beside it where there are several.
 """
 
 import itertools
@@ -26,7 +27,7 @@ class PairedGap:
     seeds: Sequence[str]
     by_seed: Sequence[float]
     whole: Interval
-    """Without an interval, all numbers, where a run has kept no rows."""
+    """Without an interval, all numbers, where a run has kept no rows or one thing alone could be drawn."""
     by_position: Mapping[int, Interval]
     """By the first position of a range; empty where a run has kept no rows."""
 
@@ -40,9 +41,11 @@ class Group:
     losses: Mapping[str, float]
     """Mean held-out loss of each arm over its seeds, the reference first."""
     gaps: Sequence[PairedGap]
-    num_rows: int
-    """Held-out rows that were drawn from; 0 where a run has kept none."""
-    rows_by_position: Mapping[int, int]
+    drawn: str
+    """What the bootstrap has drawn: documents, or rows."""
+    num_drawn: int
+    """How many of them there are among the held-out ones; 0 where a run has kept no rows."""
+    drawn_by_position: Mapping[int, int]
     """Those of them that have tokens in a range of positions, by its first."""
     bucket: int
     """Tokens in a range of positions."""
@@ -66,6 +69,49 @@ class _Kept:
     checksums: Sequence[int]
     nats: np.ndarray
     targets: np.ndarray
+    documents: Sequence[int]
+    """Of each row, the one that most of its tokens are of; empty where the run has not kept them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _HeldoutRows:
+    """The rows that all runs of a group were evaluated on, and how the bootstrap draws them, the same for all arms and ranges."""
+
+    bucket: int
+    targets: np.ndarray
+    """[rows, buckets]"""
+    are_of_documents: bool
+    """Documents are drawn, and bring their rows; otherwise rows."""
+    owners: np.ndarray
+    """Number of what each row is drawn with [rows]."""
+    times: np.ndarray
+    """How often each row is drawn [resamples, rows]."""
+
+    @classmethod
+    def of(cls, kept: Sequence[_Kept], resamples: int, generator: np.random.Generator) -> "_HeldoutRows":
+        """Of runs on the same rows: documents that one has kept are those of all."""
+        first = next((run for run in kept if run.documents), kept[0])
+        found, owners = np.unique(first.documents or range(len(first.targets)), return_inverse=True)
+        times = generator.multinomial(len(found), np.full(len(found), 1 / len(found)), resamples)[:, owners]
+        return cls(bucket=first.bucket, targets=first.targets, are_of_documents=bool(first.documents), owners=owners, times=times)
+
+    def ranges(self) -> dict[int, np.ndarray]:
+        """Targets [rows] in each range of positions that has some, by its first."""
+        return {index * self.bucket: targets for index, targets in enumerate(self.targets.T) if targets.any()}
+
+    def number(self, targets: np.ndarray) -> int:
+        """How many things to draw have some of `targets` [rows]."""
+        return len(np.unique(self.owners[targets > 0]))
+
+    def interval(self, apart: np.ndarray, targets: np.ndarray) -> Interval:
+        """Of nats apart [rows] over `targets` [rows]; without one, all numbers, where a single thing could be drawn."""
+        value, low, high = float(apart.sum() / targets.sum()), -np.inf, np.inf
+        if self.number(targets) > 1:
+            counts = self.times @ targets
+            is_some = counts > 0  # a draw without a target, of a range that few rows reach, says nothing
+            drawn = (self.times @ apart)[is_some] / counts[is_some]
+            low, high = np.quantile(drawn, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
+        return Interval(value=value, low=float(low), high=float(high))
 
 
 def compare(config: CompareConfig) -> Comparison:
@@ -92,45 +138,32 @@ def _group(
 ) -> Group:
     kept = {row["key"]: found for part in arms.values() for row in part if (found := _kept(config, row))}
     _check_same(config, [row for part in arms.values() for row in part], kept)
-    first = next(iter(kept.values()), None)
-    # How often each row is drawn [resamples, rows]: the same for all arms and ranges.
-    size = len(first.nats) if first else 0
-    draws = generator.multinomial(size, np.full(size, 1 / size), config.resamples) if first else np.zeros((0, 0))
+    rows = _HeldoutRows.of(list(kept.values()), config.resamples, generator) if kept else None
     gaps = []
     for arm, part in arms.items():
         if arm != reference and (pairs := with_partners(part, arms[reference])):
-            gaps.append(_gap(arm, pairs, kept, draws))
+            gaps.append(_gap(arm, pairs, kept, rows))
     return Group(
         setting=dict(zip(SETTING, setting, strict=True)),
         reference=reference,
         losses={arm: float(np.mean([float(row["heldout_loss"]) for row in part])) for arm, part in arms.items()},
         gaps=gaps,
-        num_rows=size,
-        rows_by_position={index * first.bucket: int(count) for index, count in enumerate((first.targets > 0).sum(axis=0))} if first else {},
-        bucket=first.bucket if first else 0,
+        drawn="documents" if rows and rows.are_of_documents else "rows",
+        num_drawn=rows.number(rows.targets.sum(axis=1)) if rows else 0,
+        drawn_by_position={low: rows.number(targets) for low, targets in rows.ranges().items()} if rows else {},
+        bucket=rows.bucket if rows else 0,
     )
 
 
-def _gap(arm: str, pairs: Sequence[tuple[Row, Row]], kept: Mapping[str, _Kept], draws: np.ndarray) -> PairedGap:
+def _gap(arm: str, pairs: Sequence[tuple[Row, Row]], kept: Mapping[str, _Kept], rows: _HeldoutRows | None) -> PairedGap:
     by_seed = [float(theirs["heldout_loss"]) - float(ours["heldout_loss"]) for ours, theirs in pairs]
     whole = Interval(value=float(np.mean(by_seed)), low=-np.inf, high=np.inf)
     by_position: dict[int, Interval] = {}
-    if all(row["key"] in kept for pair in pairs for row in pair):
-        targets = kept[pairs[0][0]["key"]].targets
+    if rows and all(row["key"] in kept for pair in pairs for row in pair):
         apart = np.mean([kept[theirs["key"]].nats - kept[ours["key"]].nats for ours, theirs in pairs], axis=0)
-        whole = _interval(apart.sum(axis=1), targets.sum(axis=1), draws)
-        bucket = kept[pairs[0][0]["key"]].bucket
-        columns = [index for index in range(targets.shape[1]) if targets[:, index].any()]
-        by_position = {index * bucket: _interval(apart[:, index], targets[:, index], draws) for index in columns}
+        whole = rows.interval(apart.sum(axis=1), rows.targets.sum(axis=1))
+        by_position = {low: rows.interval(apart[:, low // rows.bucket], targets) for low, targets in rows.ranges().items()}
     return PairedGap(arm=arm, seeds=[ours["seed"] for ours, _ in pairs], by_seed=by_seed, whole=whole, by_position=by_position)
-
-
-def _interval(apart: np.ndarray, targets: np.ndarray, draws: np.ndarray) -> Interval:
-    """Of nats apart [rows] over `targets` [rows]. A draw without a target, of a range that few rows reach, says nothing and is left out."""
-    counts = draws @ targets
-    drawn = (draws @ apart)[counts > 0] / counts[counts > 0]
-    low, high = np.quantile(drawn, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
-    return Interval(value=float(apart.sum() / targets.sum()), low=float(low), high=float(high))
 
 
 def _kept(config: CompareConfig, row: Row) -> _Kept | None:
@@ -143,10 +176,13 @@ def _kept(config: CompareConfig, row: Row) -> _Kept | None:
             checksums=[int(value) for value in found["checksums"]],
             nats=np.array(found["nats"], dtype=float),
             targets=np.array(found["targets"], dtype=int),
+            documents=[int(row[0]) for row in found.get("documents", [])],  # absent from older files
         )
         if kept.nats.ndim != 2 or kept.nats.shape != kept.targets.shape or len(kept.nats) != len(kept.checksums):
             raise ValueError("not a value for each row and bucket")
-    except (ValueError, KeyError, TypeError):
+        if len(kept.documents) not in (0, len(kept.nats)):
+            raise ValueError("not a document for each row")
+    except (ValueError, LookupError, TypeError):
         raise ConfigError(f"results={config.results}: {ROWS} of job {row['job']} is damaged; empty it to do without") from None
     return kept
 

@@ -18,9 +18,10 @@ def markdown(found: Comparison) -> str:
     parts = [
         f"# Arms of {found.config.results}",
         "Nats a token on held-out rows. A gap is the first arm's loss minus the other's, negative where the first is better. Its interval "
-        f"is of {CONFIDENCE:.0%}, from {found.config.resamples:,} draws of the rows, the same ones for both; it is of the text alone: what "
-        "another seed would change is in the spread over seeds, where there are several. How many rows there are stands beside it: rows of "
-        "one document resemble each other, so where few documents are held out it is too narrow.",
+        f"is of {CONFIDENCE:.0%}, from {found.config.resamples:,} draws of held-out documents with all their rows, the same ones for both; "
+        "of rows, where runs have not kept whose they are: then it is too narrow, as rows of one document resemble each other. Which, and "
+        "how many there are, stands beside it: of a handful it is still too narrow, of one there is none. It is of the text alone: what "
+        "another seed would change is in the spread over seeds, where there are several.",
         "![Arms](compare.png)",
         *(f"Missing: {lacking}." for lacking in found.missing),
     ]
@@ -45,8 +46,12 @@ def _losses(group: Group) -> str:
     for arm, loss in group.losses.items():
         cells = [f"{loss:.4f}", *(_gap(gaps[arm]) if arm in gaps else ["", "", "", ""])]
         rows.append([arm, *cells])
-    interval = f"interval over {group.num_rows} held-out rows" if group.num_rows else "interval"
+    interval = f"interval over {_drawn(group)}" if group.num_drawn else "interval"
     return table(["arm", "loss", f"{group.reference} − arm", interval, "seeds", "sd over seeds"], rows)
+
+
+def _drawn(group: Group) -> str:
+    return f"{group.num_drawn} held-out {group.drawn}"
 
 
 def _gap(gap: PairedGap) -> list[str]:
@@ -55,7 +60,7 @@ def _gap(gap: PairedGap) -> list[str]:
 
 
 def _range(found: Interval) -> str:
-    return f"{found.low:+.4f} to {found.high:+.4f}" if np.isfinite(found.low) else "rows not kept"
+    return f"{found.low:+.4f} to {found.high:+.4f}" if np.isfinite(found.low) else "none"
 
 
 def _positions(group: Group) -> str:
@@ -64,12 +69,12 @@ def _positions(group: Group) -> str:
     rows = [
         [
             f"{low:,} to {low + group.bucket - 1:,}",
-            str(group.rows_by_position[low]),
+            str(group.drawn_by_position[low]),
             *(f"{gap.by_position[low].value:+.4f} ({_range(gap.by_position[low])})" for gap in gaps),
         ]
         for low in lows
     ]
-    return table(["positions", "rows", *(f"{group.reference} − {gap.arm}" for gap in gaps)], rows)
+    return table(["positions", group.drawn, *(f"{group.reference} − {gap.arm}" for gap in gaps)], rows)
 
 
 def plot(found: Comparison, path: Path) -> None:
@@ -96,7 +101,7 @@ def _plot_losses(group: Group, axes: Axes) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(-0.5, len(group.losses) - 0.5)
     axes.set_ylabel("held-out loss (nats per token)")
-    bars = f"\nbars: interval of the gap to {group.reference} over {group.num_rows} held-out rows" if group.num_rows else ""
+    bars = f"\nbars: interval of the gap to {group.reference} over {_drawn(group)}" if group.num_drawn else ""
     axes.set_title(f"{_title(group)}{bars}", fontsize=7)
 
 

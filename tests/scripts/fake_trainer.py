@@ -43,7 +43,14 @@ while (beside / "together").is_file() and len(list(beside.glob("*/metrics.jsonl"
 lr = float(settings["optim.lr"])
 loss = 6 + abs(lr - 0.003) * 100  # a search finds 0.003
 write(event="evaluation", step=steps, heldout_loss=loss, context=128, by_position={"0": loss + 0.1, "64": loss - 0.1})
-rows = {"step": steps, "position_bucket": 64, "checksums": [7, 8], "targets": [[64, 63]] * 2, "nats": [[6.1 * 64, 5.9 * 63]] * 2}
+rows = {
+    "step": steps,
+    "position_bucket": 64,
+    "checksums": [7, 8],
+    "documents": [[0], [3, 1]],
+    "targets": [[64, 63]] * 2,
+    "nats": [[6.1 * 64, 5.9 * 63]] * 2,
+}
 (run_dir / "heldout_rows.json").write_text(json.dumps(rows))
 (run_dir / "checkpoints" / f"step_{steps:08d}").mkdir(parents=True)
 with (beside / "launches.jsonl").open("a") as file:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.registry import compose
+from configs.registry import REPOSITORY, compose
 from configs.schema import CompareConfig, ConfigError
 from scripts import compare as program
 from scripts.scaling.comparison import Comparison, compare
@@ -41,6 +41,62 @@ def compared(folder: Path, found: list[dict[str, str]], *more: str) -> Compariso
     return compare(compose(CompareConfig, config_name="compare", overrides=[f"results={write(folder, found)}", "resamples=400", *more]))
 
 
+def copies(low: float, high: float) -> list[dict[str, str]]:
+    """Two documents, the second twice as long, whose rows are copies of each other: full − MoBA is `low` in all of one, `high` in the
+    other, which alone reaches the second range of positions."""
+    of_long = np.arange(NUM_ROWS) % 2 == 1
+    targets = np.stack([np.full(NUM_ROWS, 100), 100 * of_long], axis=1)
+    documents = [[5, 2, 9] if is_long else [2, 5] for is_long in of_long]  # a few tokens of others are in each
+    found = []
+    for values, gap in zip(rows(), (0, np.where(of_long, high, low)[:, None]), strict=True):
+        nats = (2 - gap) * targets
+        kept = {"step": 9, "position_bucket": BUCKET, "checksums": list(range(NUM_ROWS)), "documents": documents}
+        kept |= {"targets": targets.tolist(), "nats": nats.tolist()}
+        found.append(values | {"heldout_loss": str(nats.sum() / targets.sum()), "heldout_rows": json.dumps(kept)})
+    return found
+
+
+def without_documents(row: dict[str, str]) -> dict[str, str]:
+    kept = json.loads(row["heldout_rows"])
+    del kept["documents"]
+    return row | {"heldout_rows": json.dumps(kept)}
+
+
+def test_documents_are_drawn_with_all_their_rows(tmp_path):
+    """Of two documents both draws are of one in a quarter of cases, so that 95 % reach from the one's gap to the other's. Of 32 rows
+    instead, 10 to 22 or 11 to 21 are of the long one, which counts twice: of the binomial's 33 values these are where its tails have 2.5 %."""
+    low, high, found = -0.03, 0.01, copies(-0.03, 0.01)
+    (group,) = compared(tmp_path, found).groups
+    (gap,) = group.gaps
+    assert (group.drawn, group.num_drawn, group.drawn_by_position) == ("documents", 2, {0: 2, BUCKET: 1})
+    assert (gap.whole.low, gap.whole.value, gap.whole.high) == pytest.approx((low, (low + 2 * high) / 3, high), abs=1e-12)
+    assert gap.by_position[0].low == pytest.approx(low) and gap.by_position[0].high == pytest.approx(high)
+    alone = gap.by_position[BUCKET]
+    assert alone.value == pytest.approx(high) and (alone.low, alone.high) == (-np.inf, np.inf)  # nothing says how another would be
+    (of_rows,) = compared(tmp_path, [without_documents(row) for row in found], "resamples=20000").groups
+    assert (of_rows.drawn, of_rows.num_drawn) == ("rows", NUM_ROWS)
+    at = {long: low + (high - low) * 2 * long / (NUM_ROWS + long) for long in (10, 11, 21, 22)}
+    whole = of_rows.gaps[0].whole
+    assert at[10] - 1e-9 < whole.low < at[11] + 1e-9 and at[21] - 1e-9 < whole.high < at[22] + 1e-9 and whole.value == gap.whole.value
+    assert compared(tmp_path, [found[0], without_documents(found[1])]).groups[0].gaps[0] == gap  # the rows are the same text
+
+
+def test_the_report_says_what_was_drawn_and_how_many(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare", str(write(tmp_path, copies(-0.03, 0.01))), "resamples=100"])
+    program.main()
+    text = capsys.readouterr().out
+    assert "interval over 2 held-out documents |" in text and "| positions      | documents |" in text
+    assert re.search(r"\| 2,048 to 4,095 +\| +1 \| +\+0.0100 \(none\) \|", text)
+
+
+@pytest.mark.parametrize(("name", "num_rows"), [("granularity", 23), ("scaling_law_small", 64)])
+def test_results_of_before_documents_were_kept_have_intervals_over_rows(name, num_rows):
+    results = f"results={REPOSITORY}/docs/results/{name}/results.csv"
+    found = compare(compose(CompareConfig, config_name="compare", overrides=[results, "resamples=100"]))
+    assert {(group.drawn, group.num_drawn) for group in found.groups} == {("rows", num_rows)}
+    assert all(np.isfinite(gap.whole.low) for group in found.groups for gap in group.gaps)
+
+
 def test_intervals_hold_the_gap_as_often_as_they_say(tmp_path):
     """Of 60 pairs of runs at 95 %, fewer than 50 would come once in 1000 times; and what makes rows hard for both is not in them."""
     hits, widths = 0, []
@@ -56,7 +112,7 @@ def test_seeds_are_averaged_and_their_spread_is_said(tmp_path):
     (group,) = compared(tmp_path, rows(seeds=3)).groups
     (gap,) = group.gaps
     assert list(gap.seeds) == ["0", "1", "2"] and gap.whole.value == pytest.approx(np.mean(gap.by_seed)) and gap.whole.low < gap.whole.value
-    assert list(group.losses) == ["full", "moba(512, 3)"] and group.num_rows == NUM_ROWS
+    assert list(group.losses) == ["full", "moba(512, 3)"] and (group.drawn, group.num_drawn) == ("rows", NUM_ROWS)
     assert gap.by_position[0].value == pytest.approx(0, abs=2e-3) and gap.by_position[BUCKET].high < 0
 
 
@@ -81,6 +137,8 @@ def test_results_without_rows_have_gaps_without_intervals(tmp_path):
     [
         ({"heldout_rows": lambda text: text.replace("[0, 1,", "[1, 0,")}, r"jobs full-0 and moba\(512, 3\)-0 were evaluated on other held-out"),
         ({"heldout_rows": lambda text: text[:50]}, r"heldout_rows of job moba\(512, 3\)-0 is damaged; empty it"),
+        ({"heldout_rows": lambda text: text.replace('"targets"', '"documents": [[0]], "targets"')}, r"heldout_rows of .* is damaged"),
+        ({"heldout_rows": lambda text: text.replace('"targets"', '"documents": [[]], "targets"')}, r"heldout_rows of .* is damaged"),
         ({"arm": lambda text: "full", "key": lambda text: "other"}, r"has one arm alone, full, and nothing to compare it with$"),
         ({"lr": lambda text: "1"}, r"no run of full has one of another arm of its model, context, tokens, batch_tokens, lr and seed$"),
         ({"lr": lambda text: "fast"}, r"results.csv: line 3 has 'fast' in the column lr, which is of numbers$"),

@@ -283,7 +283,8 @@ def test_jobs_are_run_once_and_their_rows_have_all_that_a_fit_needs(folder, corp
     expected |= {"tokens": "49152", "flops_executed": str(12 * 2 * 10**6), "tokens_per_second": "100.0", "seconds": "24.0"}
     expected |= {"batch_tokens": "4096", "epochs": "0.1", "heldout_loss": "6.1", "loss_from_64": "6.0", "train_loss": str(7 - 6.5 / 12)}
     assert {key: row[key] for key in expected} == expected
-    assert json.loads(row["heldout_rows"])["checksums"] == [7, 8]
+    kept = json.loads(row["heldout_rows"])
+    assert (kept["checksums"], kept["documents"]) == ([7, 8], [[0], [3, 1]])
     assert int(row["flops_6nd"]) == 6 * int(row["non_embedding"]) * 49152 and Path(row["run_dir"]).is_dir()
     run(monkeypatch, *arguments(folder, corpus))
     assert len(launches(folder)) == 4 and "4 jobs done" in capsys.readouterr().out
