@@ -35,6 +35,8 @@ _NUMBERS = dict.fromkeys(
 _REQUIRED = frozenset(_NUMBERS) - {"trailing_loss"}
 _LAST_STEPS = 20  # whose mean is the training loss at the end
 
+csv.field_size_limit(2**31 - 1)  # by default 128 KiB, which some hundred held-out rows fill
+
 
 def read(path: Path) -> list[dict[str, str]]:
     """The rows, in the order of the file; none where there is no file. Raises ConfigError for a file that is not of a sweep."""

@@ -29,7 +29,7 @@ from scripts.sweeps import task
 from scripts.sweeps.costs import plan_of
 from scripts.sweeps.jobs import Job, make_jobs
 from scripts.sweeps.multirun import multirun
-from scripts.sweeps.results import COLUMNS, arm, read
+from scripts.sweeps.results import COLUMNS, add, arm, read
 from scripts.sweeps.table import JobTable
 from scripts.sweeps.task import trials_file
 from tests.scripts.test_quickstart import still_running
@@ -288,6 +288,12 @@ def test_jobs_are_run_once_and_their_rows_have_all_that_a_fit_needs(folder, corp
     assert int(row["flops_6nd"]) == 6 * int(row["non_embedding"]) * 49152 and Path(row["run_dir"]).is_dir()
     run(monkeypatch, *arguments(folder, corpus))
     assert len(launches(folder)) == 4 and "4 jobs done" in capsys.readouterr().out
+
+
+def test_results_of_many_heldout_rows_can_be_read(tmp_path):
+    row = dict.fromkeys(COLUMNS, "0") | {"heldout_rows": "0" * 2**18}
+    add(tmp_path / "results.csv", row)
+    assert read(tmp_path / "results.csv") == [row]
 
 
 def test_results_of_another_machine_count(folder, corpus, monkeypatch, tmp_path):
