@@ -18,11 +18,11 @@ from pathlib import Path
 if not __package__:  # started by its path: the folder of this file would shadow top-level packages, the root would be missing
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from configs.registry import check_key, command, fail, show
+from configs.registry import check_key, command, compose, fail, show
 from configs.schema import ConfigError, RunConfig, SweepConfig
 from scripts.program import quoted, run
 from scripts.sweeps.costs import markdown
-from scripts.sweeps.jobs import check_corpora, first_trial, make_jobs, search_space
+from scripts.sweeps.jobs import check_corpora, first_trial, key_of, make_jobs, search_space
 from scripts.sweeps.multirun import multirun
 from scripts.sweeps.results import FILE, read
 from scripts.sweeps.table import JobTable
@@ -40,12 +40,22 @@ def main() -> None:
     of_jobs = [text for text in others if text not in of_hydra]
     try:
         for text in of_jobs:
-            check_key(RunConfig, "train", text.partition("=")[0].lstrip("+~"), sorted(_OWN))
+            check_key(RunConfig, "train", key_of(text), sorted(_OWN))
+        _check_given_once([text for text in own if key_of(text) == "grids"], of_jobs)
     except ConfigError as error:
         fail(str(error))
     lists = {"hydra_settings": of_hydra, "overrides": of_jobs}
     sys.argv[1:] = [*own, *(f"{key}=[{','.join(map(quoted, texts))}]" for key, texts in lists.items() if texts)]
     sweep()
+
+
+def _check_given_once(grids: list[str], overrides: list[str]) -> None:
+    """Raises ConfigError for one of `overrides` whose key `grids=` of the same command line sets too: an arm would lose what it is."""
+    found = compose(SweepConfig, config_name="sweep", overrides=["sweep_dir=.", *grids]).grids
+    for text in overrides:
+        other = next((each for grid in found for each in grid if key_of(each) == key_of(text)), None)
+        if other is not None:
+            raise ConfigError(f"{text}: grids of the same command line sets {key_of(text)} too, {other}; give it in one of the two")
 
 
 @command(SweepConfig, config_name="sweep")

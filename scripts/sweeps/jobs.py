@@ -73,10 +73,15 @@ def first_trial(config: SweepConfig, space: Mapping[str, str]) -> Job:
     return make_trial(config, list(space), [first_value(f"{key}={text}") for key, text in space.items()])
 
 
+def key_of(setting: str) -> str:
+    """The key of key=value, without Hydra's signs before it."""
+    return setting.partition("=")[0].lstrip("+~")
+
+
 def _grids(config: SweepConfig) -> list[list[str]]:
     grids = [[*config.settings, *grid, *config.overrides] for grid in config.grids]
     for text in dict.fromkeys(text for grid in grids for text in grid):
-        key = text.partition("=")[0].lstrip("+~")
+        key = key_of(text)
         if key in _OURS:
             raise ConfigError(f"{text}: a sweep sets {key} itself")
         if is_interval(text) and not config.trials:

@@ -182,6 +182,10 @@ def test_a_mistake_is_named_before_the_first_job(overrides, message):
         (["swep=scaling_law_tiny"], "swep: no such key, did you mean 'sweep'?"),
         (["sweep=scaling_law_tiny", "model.hiden_size=1,2"], "model.hiden_size: no such key, did you mean 'model.hidden_size'?"),
         (["sweep=scaling_law_tiny", "suite=long"], "suite: no such key; python -m scripts.evaluate has it"),
+        (
+            ["sweep=timewise", "grids=[['seed=1'],['attention.rule=moba','+stages.0.tokens=1e6,2e6']]", "stages.0.tokens=8192"],
+            "stages.0.tokens=8192: grids of the same command line sets stages.0.tokens too, +stages.0.tokens=1e6,2e6; give it in one of the two",
+        ),
         (["sweep=scaling_law_tny"], "sweep=scaling_law_tny: no such config, did you mean 'scaling_law_tiny'?; accepted: "),
     ],
 )
@@ -192,6 +196,13 @@ def test_a_mistyped_key_is_named_with_the_nearest(arguments, message, monkeypatc
         program.main()
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.startswith(f"error: {message}") and said.count("\n") == 1
+
+
+def test_the_command_line_goes_over_the_grids_of_a_file(monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    run(monkeypatch, "sweep=scaling_law_tiny", "stages.0.tokens=8192", "--dry-run")
+    told = capsys.readouterr().out
+    assert ": 6 jobs, " in told and told.count(" 8.19K |") == 6
 
 
 def test_a_mistyped_key_of_hydra_is_named_with_the_nearest(tmp_path):
