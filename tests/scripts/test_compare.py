@@ -64,7 +64,7 @@ def without_documents(row: dict[str, str]) -> dict[str, str]:
 
 def test_documents_are_drawn_with_all_their_rows(tmp_path):
     """Of two documents both draws are of one in a quarter of cases, so that 95 % reach from the one's gap to the other's. Of 32 rows
-    instead, 10 to 22 or 11 to 21 are of the long one, which counts twice: of the binomial's 33 values these are where its tails have 2.5 %."""
+    instead, 10 or 11 to 21 or 22 are of the long one, which counts twice: there the binomial's tails pass 2.5 %."""
     low, high, found = -0.03, 0.01, copies(-0.03, 0.01)
     (group,) = compared(tmp_path, found).groups
     (gap,) = group.gaps
