@@ -47,7 +47,7 @@ def read(path: Path) -> list[dict[str, str]]:
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     try:
-        rows = list(csv.DictReader(io.StringIO(text)))
+        rows = list(csv.DictReader(io.StringIO(text), strict=True))  # else a quote left open takes all that follows
     except csv.Error as error:
         raise ConfigError(f"{path}: cannot be read as CSV ({error})") from None
     columns = list(rows[0]) if rows else []

@@ -220,7 +220,7 @@ def test_the_command_writes_the_page(run_dir, monkeypatch, capsys):
         (["RUN/no_jobs"], "folder=RUN/no_jobs: results.csv holds no finished job, and there are no runs"),
         (["RUN/foreign"], "RUN/foreign/results.csv: is not the results of a sweep; it has no column key"),
         (["RUN/short"], "RUN/short/results.csv: line 2 does not have as many values as the header"),
-        (["RUN/quotes"], "RUN/quotes/results.csv: cannot be read as CSV (field larger than field limit (131072))"),
+        (["RUN/quotes"], "RUN/quotes/results.csv: cannot be read as CSV (unexpected end of data)"),
         (["RUN", "output=RUN/none/page.html"], "output=RUN/none/page.html: cannot be written (No such file or directory)"),
     ],
 )
