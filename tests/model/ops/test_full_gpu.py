@@ -278,6 +278,7 @@ def test_compiled_whole_it_gives_the_same(backend, bounds, target, monkeypatch):
         return 2 * full_attention(2 * q, k, v, cu_seqlens=cu, backend=backend)
 
     inputs = target.inputs(600, 2, 1, 64, seed=101)
+    torch._dynamo.reset()  # torch counts the cases before as compilations of one function, of which it allows eight
     compiled = torch.compile(run, fullgraph=True, backend="inductor" if target.device == "cuda" else "aot_eager")
     expected = forward_backward(run, inputs)
     assert all(torch.equal(value, expected[name]) for name, value in forward_backward(compiled, inputs).items())
