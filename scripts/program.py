@@ -16,16 +16,18 @@ class _Interrupt(BaseException):
 def run(main: Callable[[], None], *, interrupted: str) -> None:
     """Calls `main`. A first SIGINT, SIGTERM or SIGHUP ends it with one line that says what became of the work, `interrupted`.
 
-    The exit status is then 128 + the signal's number, as a shell counts.
+    The exit status is then 128 + the signal's number, as a shell counts. After that line a second signal ends the process at once.
     """
-    for number in _SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and background jobs have it
-            signal.signal(number, _interrupt)
+    heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # ignored under nohup and in background jobs
+    for number in heeded:
+        signal.signal(number, _interrupt)
     try:
         main()
     except _Interrupt as interrupt:
         number = interrupt.args[0]
         print(f"interrupted by {signal.Signals(number).name}: {interrupted}", file=sys.stderr, flush=True)
+        for each in heeded:
+            signal.signal(each, signal.SIG_DFL)  # what libraries do at exit may take long, or hang
         raise SystemExit(128 + number) from None
 
 
