@@ -56,7 +56,9 @@ def remarks(compiled, tmp_path):
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-@pytest.mark.parametrize("head_dim, block_size, is_long", [(128, 128, False), (128, 512, True), (64, 64, None), (64, 192, True)])
+@pytest.mark.parametrize(
+    "head_dim, block_size, is_long", [(128, 128, False), (128, 128, True), (128, 512, True), (64, 64, None), (64, 192, True)]
+)
 def test_dk_dv_compiles(head_dim, block_size, is_long, tmp_path):
     """`is_long` None: without lists."""
     tile = tile_of("hopper_dk_dv", block_size)

@@ -1,7 +1,9 @@
 """The backward pass's matrix products on Hopper, where they run beside the arithmetic: Gluon kernels for `backward.py`.
 
 Warp groups hold keys, or queries, and what they sum up for them; the other side passes by in tiles of 64, which are copied into shared
-memory one tile ahead. Products are issued without waiting; what is added up last is waited for under the next tile's first products.
+memory ahead of their use. Products are issued without waiting; what is added up last is waited for under the next tile's first products.
+Barriers, at which all warps wait for the slowest, cost more than anything else here. Triton adds one wherever an array in shared memory is
+written and read, at whatever index, with none between: hence the order of things in a loop.
 """
 
 from triton.experimental import gluon
@@ -32,12 +34,21 @@ def _products(N, WARPS, ACROSS=1):
     return gl.NVMMADistributedLayout([3, 0], [WARPS // ACROSS, ACROSS], [16, N, 16])
 
 
+@gluon.constexpr_function
+def _stored(N, WARPS, ACROSS):
+    """For 64 rows as `_products(N, WARPS, ACROSS)` has them: 16 bytes of a row a thread, 64 in four threads. Nothing goes from warp to warp
+    on the way."""
+    registers = [[0, 1], [0, 2], [0, 4], [8, 0], *([0, n] for n in (32, 64) if n < N)]
+    warps = [[16, 0], [32, 0], *([0, N * n] for n in (1, 2) if n < ACROSS)]
+    return gl.DistributedLinearLayout(registers, [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], warps, [], [64, ACROSS * N])
+
+
 @gluon.jit
 def _landed(PENDING: gl.constexpr = 0):
     # All but the last PENDING groups of copies have come, of all threads, and products may read them.
     async_copy.wait_group(PENDING)
-    fence_async_shared()
     _barrier()
+    fence_async_shared()
 
 
 @gluon.jit
@@ -71,10 +82,8 @@ def _copy_queries(
 
 
 @gluon.jit
-def _store_queries(DQ_SLOTS, dq, codes, dtype: gl.constexpr, D: gl.constexpr, INT: gl.constexpr, WARPS: gl.constexpr):
+def _store_queries(DQ_SLOTS, dq, code, rows: gl.constexpr, dtype: gl.constexpr, D: gl.constexpr, INT: gl.constexpr):
     # The part of dQ that one tile of a list gets from these keys; an own block's is computed elsewhere.
-    rows: gl.constexpr = _gathered(ROWS, D, WARPS)
-    code = codes.load(gl.SliceLayout(1, rows))
     dims = gl.arange(0, D, layout=gl.SliceLayout(0, rows))[None, :]
     gl.store(DQ_SLOTS + code.to(INT)[:, None] * D + dims, gl.convert_layout(dq.to(dtype), rows), mask=(code >= 0)[:, None])
 
@@ -95,63 +104,64 @@ def _sum_over_queries(
     rows = gl.arange(0, ROWS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
     key = gl.arange(0, BK, layout=gl.SliceLayout(1, scores))[:, None]
     query = gl.arange(0, ROWS, layout=gl.SliceLayout(0, scores))[None, :]
+    stored: gl.constexpr = _stored(D // ACROSS, WARPS, ACROSS)
+    stored_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, stored))
     num_tiles = num_own + gl.maximum(end - begin + ROWS - 1, 0) // ROWS
-    _barrier()  # all warps have left what these buffers held
-    codes.index(0).store(_code_of(0, num_own, own_row, start, length, ENTRIES, begin, end, rows))
-    codes.index(2).store(gl.full((ROWS,), -1, gl.int32, layout=rows.type.layout))
-    _barrier()
-    _copy_queries(
-        q_smem.index(0), do_smem.index(0), lse_smem.index(0), delta_smem.index(0), codes.index(0), Q, D_OUT, LSE, DELTA, stride_t,
-        grad_stride_t, D, P, INT, WARPS,
-    )  # fmt: skip
-    following = _code_of(1, num_own, own_row, start, length, ENTRIES, begin, end, rows)
-    before, now, then = 2, 0, 1
+    # Tile t lies in buffers t % STAGES; copies run two tiles ahead.
+    STAGES: gl.constexpr = q_smem.shape[0]
+    for t in gl.static_range(2):
+        _barrier()  # all warps have left what is written now
+        codes.store(_code_of(t, num_own, own_row, start, length, ENTRIES, begin, end, rows))
+        _barrier()
+        _copy_queries(
+            q_smem.index(t), do_smem.index(t), lse_smem.index(t), delta_smem.index(t), codes, Q, D_OUT, LSE, DELTA, stride_t, grad_stride_t,
+            D, P, INT, WARPS,
+        )  # fmt: skip
+    following = _code_of(2, num_own, own_row, start, length, ENTRIES, begin, end, rows)
+    before = gl.full((ROWS,), -1, gl.int32, layout=stored_rows.type.layout)
     dk, dv = warpgroup_mma_init(dk), warpgroup_mma_init(dv)
     dq = warpgroup_mma_init(gl.zeros((ROWS, D), gl.float32, layout=query_sums))
+    now, then = 0, 2
     for t in range(num_tiles):
-        q, do = q_smem.index(t % 2), do_smem.index(t % 2)
-        codes.index(then).store(following)
-        _landed()
+        q, do = q_smem.index(now), do_smem.index(now)
         if KEEP_DQ:  # of the tile before; ptxas makes all products wait for each other where this one is read while others run
             dk, dv, dq = warpgroup_mma_wait(0, deps=[dk, dv, dq])
+        _landed(1)
         zero = gl.zeros((BK, ROWS), gl.float32, layout=scores)
         s = warpgroup_mma(k_smem, q.permute((1, 0)), zero, use_acc=False, is_async=True)
         dp = warpgroup_mma(v_smem, do.permute((1, 0)), zero, use_acc=False, is_async=True)
         if KEEP_DQ:
-            _store_queries(DQ_SLOTS, dq, codes.index(before), q.dtype, D, INT, WARPS)
-        else:
-            dk, dv = warpgroup_mma_wait(2, deps=[dk, dv])
-        _barrier()
-        _copy_queries(
-            q_smem.index((t + 1) % 2), do_smem.index((t + 1) % 2), lse_smem.index((t + 1) % 2), delta_smem.index((t + 1) % 2),
-            codes.index(then), Q, D_OUT, LSE, DELTA, stride_t, grad_stride_t, D, P, INT, WARPS,
-        )  # fmt: skip
-        following = _code_of(t + 2, num_own, own_row, start, length, ENTRIES, begin, end, rows)
-        before, now, then = now, then, before
-        lse = lse_smem.index(t % 2).load(gl.SliceLayout(0, scores))
-        delta = delta_smem.index(t % 2).load(gl.SliceLayout(0, scores))
-        s = warpgroup_mma_wait(1, deps=[s])
+            _store_queries(DQ_SLOTS, dq, before, stored, q.dtype, D, INT)
+            before = _code_of(t, num_own, own_row, start, length, ENTRIES, begin, end, stored_rows)
+        lse = lse_smem.index(now).load(gl.SliceLayout(0, scores))
+        s, dk, dv = warpgroup_mma_wait(1, deps=[s, dk, dv])
         p = gl.exp2(s * scale - lse[None, :])
         if t < gl.minimum(num_own, BK // ROWS):  # tiles on the diagonal; own queries after them see all these keys
             p = gl.where(t * ROWS + query >= key, p, 0.0)
+        delta = delta_smem.index(now).load(gl.SliceLayout(0, scores))
         dv = warpgroup_mma(gl.convert_layout(p.to(q.dtype), operand), do, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=[dp])
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = warpgroup_mma(gl.convert_layout(ds, operand), q, dk, is_async=True)
+        codes.store(following)
         if KEEP_DQ:
             ds_smem.store(ds)
             fence_async_shared()
-            _barrier()
+        _barrier()  # all of `ds` and the codes are there, and the products of the tile before are done, whose buffers are filled again
+        if KEEP_DQ:
             dq = warpgroup_mma(
                 ds_smem.permute((1, 0)), k_smem, gl.zeros((ROWS, D), gl.float32, layout=query_sums), use_acc=False, is_async=True
             )
+        _copy_queries(
+            q_smem.index(then), do_smem.index(then), lse_smem.index(then), delta_smem.index(then), codes, Q, D_OUT, LSE, DELTA, stride_t,
+            grad_stride_t, D, P, INT, WARPS,
+        )  # fmt: skip
+        now, then = gl.where(now == STAGES - 1, 0, now + 1), gl.where(then == STAGES - 1, 0, then + 1)
+        following = _code_of(t + 3, num_own, own_row, start, length, ENTRIES, begin, end, rows)
+    dk, dv, dq = warpgroup_mma_wait(0, deps=[dk, dv, dq])
+    _landed()  # nobody reads or fills what is written over from here on
     if KEEP_DQ:
-        dk, dv, dq = warpgroup_mma_wait(0, deps=[dk, dv, dq])
-        _landed()
-        _store_queries(DQ_SLOTS, dq, codes.index(before), q_smem.dtype, D, INT, WARPS)
-    else:
-        dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
-        _landed()  # nobody reads or fills what the caller's conversions write over
+        _store_queries(DQ_SLOTS, dq, before, stored, q_smem.dtype, D, INT)
     return dk, dv
 
 
@@ -174,7 +184,7 @@ def dk_dv_kernel(
             return
         which = gl.load(PIECE + piece)
         block, head = which % num_blocks, which // num_blocks
-        kv_head, heads = head // group, 1
+        kv_head, heads = head // group, gl.minimum(group, 1)  # one; ptxas makes products wait for each other where it sees that
     else:
         block, kv_head = gl.program_id(0) // TILES, gl.program_id(1)
         heads, head = group, kv_head * group
@@ -190,12 +200,12 @@ def dk_dv_kernel(
     keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BK, D], dtype)
     k_smem = gl.allocate_shared_memory(dtype, [BK, D], keys)
     v_smem = gl.allocate_shared_memory(dtype, [BK, D], keys)
-    q_smem = gl.allocate_shared_memory(dtype, [2, ROWS, D], queries)
-    do_smem = gl.allocate_shared_memory(dtype, [2, ROWS, D], queries)
+    q_smem = gl.allocate_shared_memory(dtype, [3, ROWS, D], queries)
+    do_smem = gl.allocate_shared_memory(dtype, [3, ROWS, D], queries)
     ds_smem = gl.allocate_shared_memory(dtype, [BK, ROWS], gl.NVMMASharedLayout.get_default_for([BK, ROWS], dtype)) if KEEP_DQ else k_smem
-    lse_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], flat)
-    delta_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], flat)
-    codes = gl.allocate_shared_memory(gl.int32, [3, ROWS], flat)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [3, ROWS], flat)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [3, ROWS], flat)
+    codes = gl.allocate_shared_memory(gl.int32, [ROWS], flat)
 
     # Keys past the end of a document repeat its last one; what comes out for them is not stored.
     key = tile * BK + gl.arange(0, BK, layout=gl.SliceLayout(1, rows))
