@@ -25,9 +25,9 @@ LANGUAGE = {
     for owner in (module, *(item for item in vars(module).values() if isinstance(item, type) and item.__module__ == module.__name__))
 }
 SHARED_MEMORY = 227 << 10  # bytes a program may have on compute capability 9.0
-POINTERS = {"LSE": "*fp32", "DELTA": "*fp32", "PARTIAL": "*fp32", "scale": "fp32", "softmax_scale": "fp32"}
+POINTERS = {"LSE": "*fp32", "SLOT_LSE": "*fp32", "DELTA": "*fp32", "PARTIAL": "*fp32", "scale": "fp32", "softmax_scale": "fp32"}
 POINTERS |= dict.fromkeys(("ENTRIES", "BEGIN", "END", "ENDS", "PIECE", "START", "LENGTH"), "*i32")
-POINTERS |= dict.fromkeys(("Q", "K", "V", "D_OUT", "DK", "DV", "DQ_SLOTS"), "*bf16")
+POINTERS |= dict.fromkeys(("Q", "K", "V", "D_OUT", "DK", "DV", "DQ_SLOTS", "SLOTS"), "*bf16")
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +72,14 @@ def test_dk_dv_compiles(head_dim, block_size, is_long, tmp_path):
     }
     constants |= {"LONG": bool(is_long), "KEEP_DQ": block_size == 128, "INT": tl.int64 if is_long else tl.int32}
     check(compile_for_hopper(hopper.dk_dv_kernel, tile.columns // 16, constants), tmp_path)
+
+
+@pytest.mark.parametrize("head_dim, block_size", [(128, 128), (128, 64), (64, 128)])
+def test_past_compiles(head_dim, block_size, tmp_path):
+    constants = {"B": block_size, "D": head_dim, "P": 7, "SIZE": 1024, "INT": tl.int32}
+    compiled = compile_for_hopper(hopper.past_kernel, tile_of("past", block_size).warps, constants)
+    check(compiled, tmp_path)
+    assert 2 * compiled.metadata.shared <= SHARED_MEMORY  # one program computes while another waits
 
 
 @pytest.mark.parametrize("head_dim, block_size", [(128, 512), (64, 64)])

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from model.ops.moba.triton import hopper
 from model.ops.moba.triton.index import Lists, cut_lists, most_pieces
 from model.ops.moba.triton.launch import TABLES, Launch
 from model.ops.moba.triton.plan import Call, once_a_call, tile_of
@@ -155,13 +156,16 @@ def _past_launch(call: Call, heads: range, queries: range) -> tuple[Launch, int,
     tile = tile_of("past", call.blocks.size)
     size = 16 * tile.rows if _is_resident(call) else tile.rows
     bound = most_pieces(call, queries, size)
-    numbers = (heads.start, call.group, queries.start, len(queries), call.blocks.count, call.num_lists, call.scale)
-    sizes = {"B": call.blocks.size, "D": call.head_dim, "P": call.num_past, "BM": tile.rows}
+    numbers: tuple[float, ...] = (heads.start, call.group, queries.start, len(queries), call.blocks.count, call.num_lists, call.scale)
+    numbers = (*call.strides, *(call.kv_strides if _is_resident(call) else ()), *numbers)
+    sizes = {"B": call.blocks.size, "D": call.head_dim, "P": call.num_past}
     how = {"INT": call.offsets, "STAGES": tile.stages, "warps": tile.warps}
-    if _is_resident(call):
-        launch = Launch(_past_resident_kernel, (bound, 1), *call.strides, *call.kv_strides, *numbers, **sizes, SIZE=size, **how)
+    if not _is_resident(call):
+        launch = Launch(_past_streaming_kernel, (bound, 1), *numbers, **sizes, BM=tile.rows, BN=tile.columns, **how)
+    elif call.on_hopper:
+        launch = Launch(hopper.past_kernel, (bound, 1), *numbers, **sizes, SIZE=size, INT=call.offsets, warps=tile.warps)
     else:
-        launch = Launch(_past_streaming_kernel, (bound, 1), *call.strides, *numbers, **sizes, BN=tile.columns, **how)
+        launch = Launch(_past_resident_kernel, (bound, 1), *numbers, **sizes, BM=tile.rows, SIZE=size, **how)
     return launch, size, bound
 
 

@@ -1,4 +1,4 @@
-"""The backward pass's matrix products on Hopper, where they run beside the arithmetic: Gluon kernels for `backward.py`.
+"""Matrix products on Hopper, where they run beside the arithmetic: Gluon kernels for `forward.py` and `backward.py`.
 
 Warp groups hold keys, or queries, and what they sum up for them; the other side passes by in tiles of 64, which are copied into shared
 memory ahead of their use. Products are issued without waiting; what is added up last is waited for under the next tile's first products.
@@ -49,6 +49,98 @@ def _landed(PENDING: gl.constexpr = 0):
     async_copy.wait_group(PENDING)
     _barrier()
     fence_async_shared()
+
+
+@gluon.jit
+def _larger(a, b):
+    return gl.maximum(a, b)
+
+
+@gluon.jit
+def _together(a, b):
+    return a + b
+
+
+@gluon.jit(do_not_specialize_on_alignment=TABLES)
+def past_kernel(
+    Q, K, V, SLOTS, SLOT_LSE, ENTRIES, BEGIN, END, ENDS, PIECE, START, stride_t, stride_h, kv_stride_t, kv_stride_h,
+    first_head, group, first_token, range_tokens, num_blocks, num_lists, scale,
+    B: gl.constexpr, D: gl.constexpr, P: gl.constexpr, SIZE: gl.constexpr, INT: gl.constexpr,
+):  # fmt: skip
+    """Normalised partial outputs, `[H, T, P, D]`, and their log-sum-exp of SIZE queries of one block's list, whose keys and values stay on
+    chip; arguments as of `forward._past_resident_kernel`."""
+    pid = gl.program_id(0)
+    if pid >= gl.load(ENDS + num_lists - 1):
+        return
+    which = gl.load(PIECE + pid)
+    list_begin = gl.load(BEGIN + which)
+    count = gl.load(END + which) - list_begin
+    begin = (pid - gl.load(ENDS + which) + (count + SIZE - 1) // SIZE) * SIZE
+    end = gl.minimum(begin + SIZE, count)
+    local_head, block = (which // num_blocks).to(gl.int64), which % num_blocks
+    head = first_head + local_head
+    WARPS: gl.constexpr = 4
+    rows: gl.constexpr = _gathered(ROWS, D, WARPS)
+    key_rows: gl.constexpr = _gathered(B, D, WARPS)
+    scores: gl.constexpr = _products(B, WARPS)  # [queries, keys]
+    sums: gl.constexpr = _products(D, WARPS)  # [queries, D]
+    stored: gl.constexpr = _stored(D, WARPS, 1)
+    operand: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    dtype: gl.constexpr = Q.dtype.element_ty
+    keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([B, D], dtype)
+    k_smem = gl.allocate_shared_memory(dtype, [B, D], keys)
+    v_smem = gl.allocate_shared_memory(dtype, [B, D], keys)
+    q_smem = gl.allocate_shared_memory(dtype, [2, ROWS, D], gl.NVMMASharedLayout.get_default_for([ROWS, D], dtype))
+    tokens = gl.allocate_shared_memory(gl.int32, [ROWS], flat)
+
+    key = gl.arange(0, B, layout=gl.SliceLayout(1, key_rows))[:, None]
+    kv_at = (head // group) * kv_stride_h + (gl.load(START + block) + key).to(INT) * kv_stride_t
+    kv_at += gl.arange(0, D, layout=gl.SliceLayout(0, key_rows))[None, :]
+    async_copy.async_copy_global_to_shared(k_smem, K + kv_at)
+    async_copy.async_copy_global_to_shared(v_smem, V + kv_at)
+    ENTRIES += list_begin
+    Q += head * stride_h
+    slot_base = (local_head * range_tokens - first_token) * P
+    dims = gl.arange(0, D, layout=gl.SliceLayout(0, rows))[None, :]
+    row = begin + gl.arange(0, ROWS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    score_row = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, scores))
+    stored_row = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, stored))
+    stored_dims = gl.arange(0, D, layout=gl.SliceLayout(0, stored))[None, :]
+    tokens.store(gl.load(ENTRIES + row, mask=row < end, other=0) // P)
+    _barrier()
+    at = tokens.load(gl.SliceLayout(1, rows)).to(INT)[:, None] * stride_t
+    async_copy.async_copy_global_to_shared(q_smem.index(0), Q + at + dims)
+    async_copy.commit_group()
+    row += ROWS
+    following = gl.load(ENTRIES + row, mask=row < end, other=0) // P
+    for t in range((end - begin + ROWS - 1) // ROWS):
+        _landed()
+        zero = gl.zeros((ROWS, B), gl.float32, layout=scores)
+        s = warpgroup_mma(q_smem.index(t % 2), k_smem.permute((1, 0)), zero, use_acc=False, is_async=True)
+        tokens.store(following)
+        _barrier()  # the tokens are there, and the products of the tile before are done, whose buffer is filled again
+        at = tokens.load(gl.SliceLayout(1, rows)).to(INT)[:, None] * stride_t
+        async_copy.async_copy_global_to_shared(q_smem.index((t + 1) % 2), Q + at + dims)
+        async_copy.commit_group()
+        row += ROWS
+        following = gl.load(ENTRIES + row, mask=row < end, other=0) // P
+        entry = gl.load(ENTRIES + score_row, mask=score_row < end, other=0)
+        stored_entry = gl.load(ENTRIES + stored_row, mask=stored_row < end, other=0).to(INT)[:, None]
+        s = warpgroup_mma_wait(0, deps=[s])
+        most = gl.reduce(s, 1, _larger) * scale
+        p = gl.exp2(s * scale - most[:, None])
+        total = gl.reduce(p, 1, _together)
+        zero = gl.zeros((ROWS, D), gl.float32, layout=sums)
+        out = warpgroup_mma(gl.convert_layout(p.to(dtype), operand), v_smem, zero, use_acc=False, is_async=True)
+        gl.store(SLOT_LSE + slot_base + entry, most + gl.log2(total), mask=score_row < end)
+        shrink = gl.convert_layout(1 / total, gl.SliceLayout(1, sums))[:, None]
+        out = warpgroup_mma_wait(0, deps=[out])
+        out = gl.convert_layout((out * shrink).to(dtype), stored)
+        gl.store(SLOTS + slot_base * D + stored_entry * D + stored_dims, out, mask=(stored_row < end)[:, None])
+        score_row += ROWS
+        stored_row += ROWS
+    _landed()
 
 
 @gluon.jit
