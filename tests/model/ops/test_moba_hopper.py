@@ -15,6 +15,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from model.ops.moba.triton import hopper
 from model.ops.moba.triton.plan import tile_of
+from model.ops.moba.triton.schedule import power_of_2
 
 # Triton's interpreter puts its own functions into these, and leaves some of them there.
 LANGUAGE = {
@@ -25,9 +26,17 @@ LANGUAGE = {
     for owner in (module, *(item for item in vars(module).values() if isinstance(item, type) and item.__module__ == module.__name__))
 }
 SHARED_MEMORY = 227 << 10  # bytes a program may have on compute capability 9.0
-POINTERS = {"LSE": "*fp32", "SLOT_LSE": "*fp32", "DELTA": "*fp32", "PARTIAL": "*fp32", "scale": "fp32", "softmax_scale": "fp32"}
-POINTERS |= dict.fromkeys(("ENTRIES", "BEGIN", "END", "ENDS", "PIECE", "START", "LENGTH"), "*i32")
-POINTERS |= dict.fromkeys(("Q", "K", "V", "D_OUT", "DK", "DV", "DQ_SLOTS", "SLOTS"), "*bf16")
+POINTERS = {
+    "LSE": "*fp32",
+    "SLOT_LSE": "*fp32",
+    "NORM": "*fp32",
+    "DELTA": "*fp32",
+    "PARTIAL": "*fp32",
+    "scale": "fp32",
+    "softmax_scale": "fp32",
+}
+POINTERS |= dict.fromkeys(("ENTRIES", "BEGIN", "END", "ENDS", "PIECE", "START", "LENGTH", "DOC_FIRST", "CHOSEN"), "*i32")
+POINTERS |= dict.fromkeys(("Q", "K", "V", "D_OUT", "DK", "DV", "DQ_SLOTS", "SLOTS", "HIGH", "LOW"), "*bf16")
 
 
 @pytest.fixture(autouse=True)
@@ -39,13 +48,13 @@ def language_of_the_compiler():
                 setattr(owner, name, value)
 
 
-def compile_for_hopper(kernel, warps, constants):
+def compile_for_hopper(kernel, warps, constants, **options):
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
     aligned = [name for name in names if signature[name].startswith("*") or "stride" in name]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = GluonASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, **options})
 
 
 def remarks(compiled, tmp_path):
@@ -72,6 +81,17 @@ def test_dk_dv_compiles(head_dim, block_size, is_long, tmp_path):
     }
     constants |= {"LONG": bool(is_long), "KEEP_DQ": block_size == 128, "INT": tl.int64 if is_long else tl.int32}
     check(compile_for_hopper(hopper.dk_dv_kernel, tile.columns // 16, constants), tmp_path)
+
+
+@pytest.mark.parametrize("head_dim, block_size, num_past", [(128, 128, 7), (128, 512, 2), (64, 4096, 31), (64, 64, 63)])
+def test_gate_compiles(head_dim, block_size, num_past, tmp_path):
+    tile = tile_of("hopper_gate", block_size)
+    constants = {"TILES": -(-block_size // tile.rows), "D": head_dim, "P": num_past, "BQ": tile.rows, "BN": tile.columns}
+    constants["SLOTS"] = max(8, power_of_2(num_past))
+    options = {"maxnreg": 128} if tile.warps == 8 else {}
+    compiled = compile_for_hopper(hopper.gate_kernel, tile.warps, constants, **options)
+    check(compiled, tmp_path)
+    assert 2 * compiled.metadata.shared <= SHARED_MEMORY
 
 
 @pytest.mark.parametrize("head_dim, block_size", [(128, 128), (128, 64), (64, 128)])

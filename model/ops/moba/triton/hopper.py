@@ -1,4 +1,5 @@
-"""Matrix products on Hopper, where they run beside the arithmetic: Gluon kernels for `forward.py` and `backward.py`.
+"""Matrix products on Hopper, where they run beside the arithmetic: Gluon kernels for `gate.py`, `forward.py` and
+`backward.py`.
 
 Warp groups hold keys, or queries, and what they sum up for them; the other side passes by in tiles of 64, which are copied into shared
 memory ahead of their use. Products are issued without waiting; what is added up last is waited for under the next tile's first products.
@@ -141,6 +142,108 @@ def past_kernel(
         score_row += ROWS
         stored_row += ROWS
     _landed()
+
+
+@gluon.jit
+def _smaller(a, b):
+    return gl.minimum(a, b)
+
+
+@gluon.jit
+def _copy_means(high_smem, low_smem, HIGH, LOW, first, block, D: gl.constexpr, BN: gl.constexpr, WARPS: gl.constexpr):
+    # Means of the blocks from `first` on, zeros from `block` on.
+    rows: gl.constexpr = _gathered(BN, D, WARPS)
+    mean = first + gl.arange(0, BN, layout=gl.SliceLayout(1, rows))[:, None]
+    at = mean * D + gl.arange(0, D, layout=gl.SliceLayout(0, rows))[None, :]
+    async_copy.async_copy_global_to_shared(high_smem, HIGH + at, mask=mean < block)
+    async_copy.async_copy_global_to_shared(low_smem, LOW + at, mask=mean < block)
+    async_copy.commit_group()
+
+
+@gluon.jit(do_not_specialize_on_alignment=TABLES)
+def gate_kernel(
+    Q, HIGH, LOW, NORM, CHOSEN, START, LENGTH, DOC_FIRST, stride_t, stride_h, first_head, group, num_tokens, num_blocks,
+    TILES: gl.constexpr, D: gl.constexpr, P: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """The choice of P blocks, `[H, T, P]`, as `gate._gate_kernel` makes it, whose arguments these are and which says how.
+
+    A row's scores and its slots, at least 8, lie in the same four threads, so that nothing but "does any row go on" leaves a warp.
+    """
+    pid = gl.num_programs(0) - 1 - gl.program_id(0)  # queries with the most past blocks first
+    block, tile = pid // TILES, pid % TILES
+    local_head = gl.program_id(1).to(gl.int64)
+    start, length = gl.load(START + block), gl.load(LENGTH + block)
+    if tile * BQ >= length:
+        return
+    doc_first = gl.load(DOC_FIRST + block)
+    num_past = block - doc_first
+    WARPS: gl.constexpr = BQ // 16
+    scores: gl.constexpr = _products(BN, WARPS)  # [queries, blocks]
+    slots: gl.constexpr = _products(SLOTS, WARPS)  # [queries, slots]
+    slot = gl.arange(0, SLOTS, layout=gl.SliceLayout(0, slots))[None, :]
+    slot_row = tile * BQ + gl.arange(0, BQ, layout=gl.SliceLayout(1, slots))[:, None]
+    out = CHOSEN + (local_head * num_tokens + start + slot_row) * P + slot
+    out_mask = (slot_row < length) & (slot < P)
+    if num_past <= P:
+        gl.store(out, gl.where(slot < num_past, doc_first + slot, -1) + gl.zeros((BQ, SLOTS), gl.int32, layout=slots), mask=out_mask)
+        return
+    rows: gl.constexpr = _gathered(BQ, D, WARPS)
+    row_of: gl.constexpr = gl.SliceLayout(1, scores)
+    dtype: gl.constexpr = Q.dtype.element_ty
+    means: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, D], dtype)
+    q_smem = gl.allocate_shared_memory(dtype, [BQ, D], gl.NVMMASharedLayout.get_default_for([BQ, D], dtype))
+    high_smem = gl.allocate_shared_memory(dtype, [2, BN, D], means)
+    low_smem = gl.allocate_shared_memory(dtype, [2, BN, D], means)
+    head = first_head + local_head
+    kv_head = head // group
+    HIGH += kv_head * num_blocks * D
+    LOW += kv_head * num_blocks * D
+    NORM += kv_head * num_blocks
+    _copy_means(high_smem.index(0), low_smem.index(0), HIGH, LOW, doc_first, block, D, BN, WARPS)
+    row = tile * BQ + gl.arange(0, BQ, layout=gl.SliceLayout(1, rows))
+    inside = row < length
+    dims = gl.arange(0, D, layout=gl.SliceLayout(0, rows))[None, :]
+    q = gl.load(Q + head * stride_h + (start + row).to(gl.int64)[:, None] * stride_t + dims, mask=inside[:, None], other=0.0)
+    line: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    step = gl.arange(0, 128, layout=line)
+    longest = gl.zeros((128,), gl.float32, layout=line)
+    for first in range(doc_first, block, 128):
+        longest = gl.maximum(longest, gl.load(NORM + first + step, mask=first + step < block, other=0.0))
+    wide = q.to(gl.float32)
+    most = (gl.sqrt(gl.reduce(wide * wide, 1, _together)) + 2e-18) * (1.01 * gl.reduce(longest, 0, _larger))  # no score is as large
+    q_smem.store(gl.where((most < float("inf"))[:, None], q, 0.0))  # a score that is not finite could outrank what marks the end
+    exponent = gl.maximum(gl.convert_layout(most, row_of), 1e-30).to(gl.int32, bitcast=True) >> 23
+    scale = ((127 + 22 + 126 - exponent) << 23).to(gl.float32, bitcast=True)[:, None]  # 2^22 over the next power of two, exactly
+    column = gl.arange(0, BN, layout=gl.SliceLayout(0, scores))[None, :]
+    least_int: gl.constexpr = -2147483648
+    best = gl.where(slot < P, least_int, 2147483647) + gl.zeros((BQ, SLOTS), gl.int32, layout=slots)
+    kept = gl.zeros((BQ, SLOTS), gl.int32, layout=slots) - 1 - slot  # all different, always
+    least = gl.reduce(best, 1, _smaller)
+    now = 0
+    for first in range(doc_first, block, BN):
+        _landed()
+        score = gl.zeros((BQ, BN), gl.float32, layout=scores)
+        score = warpgroup_mma(q_smem, high_smem.index(now).permute((1, 0)), score, use_acc=False, is_async=True)
+        score = warpgroup_mma(q_smem, low_smem.index(now).permute((1, 0)), score, is_async=True)
+        now = 1 - now
+        score = warpgroup_mma_wait(0, deps=[score])
+        _barrier()  # all products of the tile before are done, whose buffers are filled again
+        _copy_means(high_smem.index(now), low_smem.index(now), HIGH, LOW, first + BN, block, D, BN, WARPS)
+        rounded = score * scale + gl.where(first + column < block, 12582912.0, 8388608.0)
+        key = rounded.to(gl.int32, bitcast=True) * BN + (BN - 1 - column)
+        more = gl.reduce((key > gl.convert_layout(least, row_of)[:, None]).to(gl.int32), 1, _together)
+        top = gl.full((BQ,), 2147483647, gl.int32, layout=row_of)
+        for _ in range(gl.minimum(gl.reduce(more, 0, _larger), P)):
+            gap = (key - top[:, None]).to(gl.uint32, bitcast=True)
+            top += gl.reduce(gap, 1, _larger).to(gl.int32, bitcast=True)
+            ahead = gl.convert_layout(top, gl.SliceLayout(1, slots))
+            last = gl.reduce(gl.where(best == least[:, None], kept, -SLOTS - 1), 1, _larger)  # of the least, the block that came last
+            here = (kept == last[:, None]) & (ahead > least)[:, None]
+            best = gl.where(here, (ahead | (BN - 1))[:, None], best)
+            kept = gl.where(here, (first + BN - 1 - (ahead & (BN - 1)))[:, None], kept)
+            least = gl.reduce(best, 1, _smaller)
+    _landed()
+    gl.store(out, kept, mask=out_mask)
 
 
 @gluon.jit

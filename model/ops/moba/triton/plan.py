@@ -195,6 +195,10 @@ _TILES = {
         128: Tile(rows=128, columns=64, stages=2, warps=8),
         256: Tile(rows=128, columns=64, stages=2, warps=4),
     },
+    "hopper_gate": {
+        64: Tile(rows=64, columns=64, stages=2, warps=4),
+        128: Tile(rows=128, columns=64, stages=2, warps=8),
+    },
     "past": {
         64: Tile(rows=64, columns=64, stages=3, warps=4),
         2048: Tile(rows=128, columns=128, stages=3, warps=8),
@@ -215,4 +219,4 @@ _TILES = {
 def tile_of(kernel: str, block_size: int) -> Tile:
     """The tile for blocks of this size; its columns divide the block."""
     found = next(tile for least, tile in reversed(_TILES[kernel].items()) if block_size >= least)
-    return replace(found, columns=math.gcd(found.columns, block_size)) if kernel != "gate" else found
+    return found if kernel.endswith("gate") else replace(found, columns=math.gcd(found.columns, block_size))
