@@ -48,8 +48,11 @@ def language_of_the_compiler():
                 setattr(owner, name, value)
 
 
-def compile_for_hopper(kernel, warps, constants, **options):
-    names = kernel.arg_names
+def compile_for_hopper(kernel, warps, constants, *, group, **options):
+    """As a call with `group` query heads to a key head has it: Triton makes a constant of a number that is 1, where the kernel lets it."""
+    names, constants = kernel.arg_names, dict(constants)
+    if group == 1 and "group" in names and not kernel.params[names.index("group")].do_not_specialize:
+        constants["group"] = 1
     signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
     aligned = [name for name in names if signature[name].startswith("*") or "stride" in name]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
@@ -65,10 +68,11 @@ def remarks(compiled, tmp_path):
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
+@pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize(
     "head_dim, block_size, is_long", [(128, 128, False), (128, 128, True), (128, 512, True), (64, 64, None), (64, 192, True)]
 )
-def test_dk_dv_compiles(head_dim, block_size, is_long, tmp_path):
+def test_dk_dv_compiles(head_dim, block_size, is_long, group, tmp_path):
     """`is_long` None: without lists."""
     tile = tile_of("hopper_dk_dv", block_size)
     constants = {
@@ -80,16 +84,19 @@ def test_dk_dv_compiles(head_dim, block_size, is_long, tmp_path):
         "LISTS": is_long is not None,
     }
     constants |= {"LONG": bool(is_long), "KEEP_DQ": block_size == 128, "INT": tl.int64 if is_long else tl.int32}
-    check(compile_for_hopper(hopper.dk_dv_kernel, tile.columns // 16, constants), tmp_path)
+    check(compile_for_hopper(hopper.dk_dv_kernel, tile.columns // 16, constants, group=group), tmp_path)
 
 
-@pytest.mark.parametrize("head_dim, block_size, num_past", [(128, 128, 7), (128, 512, 2), (64, 4096, 31), (64, 64, 63)])
-def test_gate_compiles(head_dim, block_size, num_past, tmp_path):
+@pytest.mark.parametrize(
+    "head_dim, block_size, num_past, columns",
+    [(128, 128, 7, 64), (128, 512, 2, 32), (64, 192, 7, 16), (64, 4096, 31, 64), (64, 64, 63, 64)],
+)
+def test_gate_compiles(head_dim, block_size, num_past, columns, tmp_path):
     tile = tile_of("hopper_gate", block_size)
-    constants = {"TILES": -(-block_size // tile.rows), "D": head_dim, "P": num_past, "BQ": tile.rows, "BN": tile.columns}
+    constants = {"TILES": -(-block_size // tile.rows), "D": head_dim, "P": num_past, "BQ": tile.rows, "BN": columns}
     constants["SLOTS"] = max(8, power_of_2(num_past))
     options = {"maxnreg": 128} if tile.warps == 8 else {}
-    compiled = compile_for_hopper(hopper.gate_kernel, tile.warps, constants, **options)
+    compiled = compile_for_hopper(hopper.gate_kernel, tile.warps, constants, group=1, **options)
     check(compiled, tmp_path)
     assert 2 * compiled.metadata.shared <= SHARED_MEMORY
 
@@ -97,7 +104,7 @@ def test_gate_compiles(head_dim, block_size, num_past, tmp_path):
 @pytest.mark.parametrize("head_dim, block_size", [(128, 128), (128, 64), (64, 128)])
 def test_past_compiles(head_dim, block_size, tmp_path):
     constants = {"B": block_size, "D": head_dim, "P": 7, "SIZE": 1024, "INT": tl.int32}
-    compiled = compile_for_hopper(hopper.past_kernel, tile_of("past", block_size).warps, constants)
+    compiled = compile_for_hopper(hopper.past_kernel, tile_of("past", block_size).warps, constants, group=1)
     check(compiled, tmp_path)
     assert 2 * compiled.metadata.shared <= SHARED_MEMORY  # one program computes while another waits
 
@@ -106,7 +113,7 @@ def test_past_compiles(head_dim, block_size, tmp_path):
 def test_dq_compiles(head_dim, block_size, tmp_path):
     tile = tile_of("hopper_dq", block_size)
     constants = {"B": block_size, "D": head_dim, "P": 2, "BM": tile.rows, "INT": tl.int32}
-    check(compile_for_hopper(hopper.dq_past_kernel, tile.warps, constants), tmp_path)
+    check(compile_for_hopper(hopper.dq_past_kernel, tile.warps, constants, group=1), tmp_path)
 
 
 def check(compiled, tmp_path):

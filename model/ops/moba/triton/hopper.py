@@ -26,7 +26,7 @@ _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in Trito
 @gluon.constexpr_function
 def _gathered(NUM_ROWS, D, WARPS):
     """The layout of rows of D: 16 bytes of a row a thread, whose rows lie one below the other."""
-    return gl.BlockedLayout([NUM_ROWS * D // (256 * WARPS), 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
+    return gl.BlockedLayout([max(1, NUM_ROWS * D // (256 * WARPS)), 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
 
 
 @gluon.constexpr_function
@@ -212,6 +212,7 @@ def gate_kernel(
     wide = q.to(gl.float32)
     most = (gl.sqrt(gl.reduce(wide * wide, 1, _together)) + 2e-18) * (1.01 * gl.reduce(longest, 0, _larger))  # no score is as large
     q_smem.store(gl.where((most < float("inf"))[:, None], q, 0.0))  # a score that is not finite could outrank what marks the end
+    fence_async_shared()
     exponent = gl.maximum(gl.convert_layout(most, row_of), 1e-30).to(gl.int32, bitcast=True) >> 23
     scale = ((127 + 22 + 126 - exponent) << 23).to(gl.float32, bitcast=True)[:, None]  # 2^22 over the next power of two, exactly
     column = gl.arange(0, BN, layout=gl.SliceLayout(0, scores))[None, :]
@@ -302,9 +303,10 @@ def _sum_over_queries(
     stored: gl.constexpr = _stored(D // ACROSS, WARPS, ACROSS)
     stored_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, stored))
     num_tiles = num_own + gl.maximum(end - begin + ROWS - 1, 0) // ROWS
-    # Tile t lies in buffers t % STAGES; copies run two tiles ahead.
+    # Tile t lies in buffers t % STAGES; copies run so far ahead that what they fill was left a tile ago.
     STAGES: gl.constexpr = q_smem.shape[0]
-    for t in gl.static_range(2):
+    AHEAD: gl.constexpr = STAGES - 1
+    for t in gl.static_range(AHEAD):
         _barrier()  # all warps have left what is written now
         codes.store(_code_of(t, num_own, own_row, start, length, ENTRIES, begin, end, rows))
         _barrier()
@@ -312,16 +314,16 @@ def _sum_over_queries(
             q_smem.index(t), do_smem.index(t), lse_smem.index(t), delta_smem.index(t), codes, Q, D_OUT, LSE, DELTA, stride_t, grad_stride_t,
             D, P, INT, WARPS,
         )  # fmt: skip
-    following = _code_of(2, num_own, own_row, start, length, ENTRIES, begin, end, rows)
+    following = _code_of(AHEAD, num_own, own_row, start, length, ENTRIES, begin, end, rows)
     before = gl.full((ROWS,), -1, gl.int32, layout=stored_rows.type.layout)
     dk, dv = warpgroup_mma_init(dk), warpgroup_mma_init(dv)
     dq = warpgroup_mma_init(gl.zeros((ROWS, D), gl.float32, layout=query_sums))
-    now, then = 0, 2
+    now, then = 0, AHEAD
     for t in range(num_tiles):
         q, do = q_smem.index(now), do_smem.index(now)
         if KEEP_DQ:  # of the tile before; ptxas makes all products wait for each other where this one is read while others run
             dk, dv, dq = warpgroup_mma_wait(0, deps=[dk, dv, dq])
-        _landed(1)
+        _landed(AHEAD - 1)
         zero = gl.zeros((BK, ROWS), gl.float32, layout=scores)
         s = warpgroup_mma(k_smem, q.permute((1, 0)), zero, use_acc=False, is_async=True)
         dp = warpgroup_mma(v_smem, do.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -352,7 +354,7 @@ def _sum_over_queries(
             grad_stride_t, D, P, INT, WARPS,
         )  # fmt: skip
         now, then = gl.where(now == STAGES - 1, 0, now + 1), gl.where(then == STAGES - 1, 0, then + 1)
-        following = _code_of(t + 3, num_own, own_row, start, length, ENTRIES, begin, end, rows)
+        following = _code_of(t + AHEAD + 1, num_own, own_row, start, length, ENTRIES, begin, end, rows)
     dk, dv, dq = warpgroup_mma_wait(0, deps=[dk, dv, dq])
     _landed()  # nobody reads or fills what is written over from here on
     if KEEP_DQ:
@@ -360,7 +362,8 @@ def _sum_over_queries(
     return dk, dv
 
 
-@gluon.jit(do_not_specialize_on_alignment=TABLES)
+# Where ptxas sees that a program has one head (Triton makes a constant of a number that is 1), it makes products wait for each other.
+@gluon.jit(do_not_specialize=("group",), do_not_specialize_on_alignment=TABLES)
 def dk_dv_kernel(
     Q, K, V, D_OUT, LSE, DELTA, DK, DV, PARTIAL, DQ_SLOTS, ENTRIES, BEGIN, END, ENDS, PIECE, START, LENGTH,
     stride_t, stride_h, kv_stride_t, kv_stride_h, grad_stride_t, grad_stride_h, dk_stride_t,
@@ -379,7 +382,7 @@ def dk_dv_kernel(
             return
         which = gl.load(PIECE + piece)
         block, head = which % num_blocks, which // num_blocks
-        kv_head, heads = head // group, gl.minimum(group, 1)  # one; ptxas makes products wait for each other where it sees that
+        kv_head, heads = head // group, gl.minimum(group, 1)  # one
     else:
         block, kv_head = gl.program_id(0) // TILES, gl.program_id(1)
         heads, head = group, kv_head * group
@@ -395,11 +398,12 @@ def dk_dv_kernel(
     keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BK, D], dtype)
     k_smem = gl.allocate_shared_memory(dtype, [BK, D], keys)
     v_smem = gl.allocate_shared_memory(dtype, [BK, D], keys)
-    q_smem = gl.allocate_shared_memory(dtype, [3, ROWS, D], queries)
-    do_smem = gl.allocate_shared_memory(dtype, [3, ROWS, D], queries)
+    STAGES: gl.constexpr = 3 if BK == 128 else 2  # with 64 keys two programs fit
+    q_smem = gl.allocate_shared_memory(dtype, [STAGES, ROWS, D], queries)
+    do_smem = gl.allocate_shared_memory(dtype, [STAGES, ROWS, D], queries)
     ds_smem = gl.allocate_shared_memory(dtype, [BK, ROWS], gl.NVMMASharedLayout.get_default_for([BK, ROWS], dtype)) if KEEP_DQ else k_smem
-    lse_smem = gl.allocate_shared_memory(gl.float32, [3, ROWS], flat)
-    delta_smem = gl.allocate_shared_memory(gl.float32, [3, ROWS], flat)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], flat)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], flat)
     codes = gl.allocate_shared_memory(gl.int32, [ROWS], flat)
 
     # Keys past the end of a document repeat its last one; what comes out for them is not stored.
