@@ -39,13 +39,16 @@ def language_of_the_compiler():
                 setattr(owner, name, value)
 
 
-def compile_for_hopper(kernel, warps, constants):
-    names = kernel.arg_names
+def compile_for_hopper(kernel, warps, constants, *, group, **options):
+    """As a call with `group` query heads to a key head has it: Triton makes a constant of a number that is 1, where the kernel lets it."""
+    names, constants = kernel.arg_names, dict(constants)
+    if group == 1 and "group" in names and not kernel.params[names.index("group")].do_not_specialize:
+        constants["group"] = 1
     signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
     aligned = [name for name in names if signature[name].startswith("*") or "stride" in name]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = GluonASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, **options})
 
 
 def remarks(compiled, tmp_path):
@@ -56,8 +59,11 @@ def remarks(compiled, tmp_path):
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-@pytest.mark.parametrize("head_dim, block_size, is_long", [(128, 128, False), (128, 512, True), (64, 64, None), (64, 192, True)])
-def test_dk_dv_compiles(head_dim, block_size, is_long, tmp_path):
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize(
+    "head_dim, block_size, is_long", [(128, 128, False), (128, 128, True), (128, 512, True), (64, 64, None), (64, 192, True)]
+)
+def test_dk_dv_compiles(head_dim, block_size, is_long, group, tmp_path):
     """`is_long` None: without lists."""
     tile = tile_of("hopper_dk_dv", block_size)
     constants = {
@@ -69,14 +75,14 @@ def test_dk_dv_compiles(head_dim, block_size, is_long, tmp_path):
         "LISTS": is_long is not None,
     }
     constants |= {"LONG": bool(is_long), "KEEP_DQ": block_size == 128, "INT": tl.int64 if is_long else tl.int32}
-    check(compile_for_hopper(hopper.dk_dv_kernel, tile.columns // 16, constants), tmp_path)
+    check(compile_for_hopper(hopper.dk_dv_kernel, tile.columns // 16, constants, group=group), tmp_path)
 
 
 @pytest.mark.parametrize("head_dim, block_size", [(128, 512), (64, 64)])
 def test_dq_compiles(head_dim, block_size, tmp_path):
     tile = tile_of("hopper_dq", block_size)
     constants = {"B": block_size, "D": head_dim, "P": 2, "BM": tile.rows, "INT": tl.int32}
-    check(compile_for_hopper(hopper.dq_past_kernel, tile.warps, constants), tmp_path)
+    check(compile_for_hopper(hopper.dq_past_kernel, tile.warps, constants, group=1), tmp_path)
 
 
 def check(compiled, tmp_path):

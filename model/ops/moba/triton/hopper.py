@@ -155,7 +155,8 @@ def _sum_over_queries(
     return dk, dv
 
 
-@gluon.jit(do_not_specialize_on_alignment=TABLES)
+# Where ptxas sees that a program has one head (Triton makes a constant of a number that is 1), it makes products wait for each other.
+@gluon.jit(do_not_specialize=("group",), do_not_specialize_on_alignment=TABLES)
 def dk_dv_kernel(
     Q, K, V, D_OUT, LSE, DELTA, DK, DV, PARTIAL, DQ_SLOTS, ENTRIES, BEGIN, END, ENDS, PIECE, START, LENGTH,
     stride_t, stride_h, kv_stride_t, kv_stride_h, grad_stride_t, grad_stride_h, dk_stride_t,
@@ -174,7 +175,7 @@ def dk_dv_kernel(
             return
         which = gl.load(PIECE + piece)
         block, head = which % num_blocks, which // num_blocks
-        kv_head, heads = head // group, 1
+        kv_head, heads = head // group, gl.minimum(group, 1)  # one
     else:
         block, kv_head = gl.program_id(0) // TILES, gl.program_id(1)
         heads, head = group, kv_head * group
