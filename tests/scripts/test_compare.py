@@ -89,11 +89,11 @@ def test_the_report_says_what_was_drawn_and_how_many(tmp_path, monkeypatch, caps
     assert re.search(r"\| 2,048 to 4,095 +\| +1 \| +\+0.0100 \(none\) \|", text)
 
 
-@pytest.mark.parametrize(("name", "num_rows"), [("granularity", 23), ("scaling_law_small", 64)])
-def test_results_of_before_documents_were_kept_have_intervals_over_rows(name, num_rows):
+@pytest.mark.parametrize(("name", "num_documents"), [("granularity", 5), ("granularity/second", 5), ("scaling_law_small", 7)])
+def test_results_of_the_pages_have_intervals_over_documents(name, num_documents):
     results = f"results={REPOSITORY}/docs/results/{name}/results.csv"
     found = compare(compose(CompareConfig, config_name="compare", overrides=[results, "resamples=100"]))
-    assert {(group.drawn, group.num_drawn) for group in found.groups} == {("rows", num_rows)}
+    assert {(group.drawn, group.num_drawn) for group in found.groups} == {("documents", num_documents)}
     assert all(np.isfinite(gap.whole.low) for group in found.groups for gap in group.gaps)
 
 

@@ -1,6 +1,6 @@
 """The Gluon kernels for Hopper, which no interpreter runs: that they compile, run without waits that nobody asked for, and fit the chip.
 
-What they compute is tested on a GPU, in test_moba_triton.py.
+What they compute is tested on a GPU: here beside the kernels for others, in test_moba_triton.py against fp64.
 """
 
 import re
@@ -8,14 +8,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from model.ops.moba.triton import hopper
+from model.ops.moba import moba_attention
+from model.ops.moba.triton import hopper, plan
 from model.ops.moba.triton.plan import tile_of
 from model.ops.moba.triton.schedule import power_of_2
+from tests.model.ops.helpers import cu_seqlens, forward_backward, make_inputs, with_dtype
 
 # Triton's interpreter puts its own functions into these, and leaves some of them there.
 LANGUAGE = {
@@ -121,3 +124,48 @@ def check(compiled, tmp_path):
     assert "wgmma" in compiled.asm["ptx"] and compiled.metadata.shared <= SHARED_MEMORY
     assert "Potential Performance Loss" not in said  # products that wait for each other
     assert int(re.search(r"(\d+) bytes spill stores", said)[1]) < 256
+
+
+@pytest.fixture
+def calls_anew():
+    """What was prepared for calls of other kernels is forgotten, before and after."""
+    plan._call_of.cache_clear()
+    yield
+    plan._call_of.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "num_tokens, bounds, num_heads, num_kv_heads, head_dim, block_size, topk",
+    [
+        pytest.param(32768, [0, 32768], 4, 4, 128, 128, 8, id="128, 8"),
+        pytest.param(32768, [0, 9000, 9001, 32768], 8, 2, 128, 128, 8, id="128, 8, grouped heads, documents"),
+        pytest.param(70000, [0, 70000], 2, 2, 128, 128, 3, id="128, 3, long lists"),
+        pytest.param(16384, [0, 16384], 4, 1, 64, 128, 16, id="128, 16, D 64"),
+        pytest.param(16384, [0, 16384], 2, 2, 128, 64, 8, id="64, 8"),
+        pytest.param(16384, [0, 16384], 4, 2, 128, 192, 4, id="192, 4"),
+        pytest.param(32768, [0, 32767, 32768], 4, 4, 128, 512, 3, id="512, 3"),
+        pytest.param(32768, [0, 32768], 2, 1, 128, 4096, 3, id="4096, 3"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_it_gives_what_kernels_for_other_gpus_give_and_repeats(
+    dtype, num_tokens, bounds, num_heads, num_kv_heads, head_dim, block_size, topk, calls_anew, monkeypatch
+):
+    if not torch.cuda.is_available() or not plan.is_hopper(torch.device("cuda", 0)):
+        pytest.skip("no GPU of compute capability 9.0")
+    inputs = [x.cuda() for x in with_dtype(make_inputs(num_tokens, num_heads, num_kv_heads, head_dim, seed=num_tokens), dtype)]
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    with torch.no_grad():  # most queries choose the first block, whose list is then long
+        inputs[0] += 2 * inputs[1][:block_size, :1].mean(0) * block_size**0.5 / head_dim**0.5
+
+    def attention(q, k, v):
+        return moba_attention(q, k, v, cu_seqlens=cu_seqlens(bounds), block_size=block_size, topk=topk, backend="triton")
+
+    found = forward_backward(attention, inputs)
+    for _ in range(20):
+        assert all(torch.equal(value, found[name]) for name, value in forward_backward(attention, inputs).items())
+    monkeypatch.setattr(plan, "is_hopper", lambda device: False)
+    plan._call_of.cache_clear()
+    for name, value in forward_backward(attention, inputs).items():  # a choice in 100,000 may be another: a score on the edge of a step
+        assert (found[name].double() - value.double()).norm() < 5e-3 * value.double().norm(), name
