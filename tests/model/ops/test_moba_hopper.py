@@ -11,6 +11,7 @@ import pytest
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from model.ops.moba.triton import hopper
@@ -48,9 +49,9 @@ def language_of_the_compiler():
                 setattr(owner, name, value)
 
 
-def compile_for_hopper(kernel, warps, constants, **options):
+def compile_for_hopper(kernel, warps, constants, types=POINTERS, **options):
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = [name for name in names if signature[name].startswith("*") or "stride" in name]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = GluonASTSource(kernel, signature, constants, attributes)
@@ -100,6 +101,18 @@ def test_past_compiles(head_dim, block_size, tmp_path):
     compiled = compile_for_hopper(hopper.past_kernel, tile_of("past", block_size).warps, constants)
     check(compiled, tmp_path)
     assert 2 * compiled.metadata.shared <= SHARED_MEMORY  # one program computes while another waits
+
+
+@pytest.mark.parametrize("head_dim, block_size, integer", [(128, 4096, tl.int32), (64, 256, tl.int64), (128, 192, tl.int64)])
+def test_past_of_large_blocks_compiles(head_dim, block_size, integer, tmp_path):
+    tile = tile_of("hopper_past", block_size)
+    layout = gl.NVMMASharedLayout.get_default_for([tile.columns, head_dim], gl.bfloat16)
+    keys = f"tensordesc<bf16[{tile.columns}, {head_dim}],{layout!r}>"
+    constants = {"B": block_size, "D": head_dim, "P": 11, "BN": tile.columns, "INT": integer, "STAGES": tile.stages}
+    compiled = compile_for_hopper(hopper.past_streaming_kernel, tile.warps, constants, POINTERS | {"K": keys, "V": keys})
+    check(compiled, tmp_path)
+    assert re.search(r"\b0 bytes spill stores", remarks(compiled, tmp_path))
+    assert compiled.asm["ptx"].count("setmaxnreg") > 0  # the registers of warps that copy go to those that multiply
 
 
 @pytest.mark.parametrize("head_dim, block_size", [(128, 512), (64, 64)])
