@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from model.ops.moba import moba_attention
@@ -51,12 +52,12 @@ def language_of_the_compiler():
                 setattr(owner, name, value)
 
 
-def compile_for_hopper(kernel, warps, constants, *, group, **options):
+def compile_for_hopper(kernel, warps, constants, *, group, types=POINTERS, **options):
     """As a call with `group` query heads to a key head has it: Triton makes a constant of a number that is 1, where the kernel lets it."""
     names, constants = kernel.arg_names, dict(constants)
     if group == 1 and "group" in names and not kernel.params[names.index("group")].do_not_specialize:
         constants["group"] = 1
-    signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = [name for name in names if signature[name].startswith("*") or "stride" in name]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = GluonASTSource(kernel, signature, constants, attributes)
@@ -110,6 +111,19 @@ def test_past_compiles(head_dim, block_size, tmp_path):
     compiled = compile_for_hopper(hopper.past_kernel, tile_of("past", block_size).warps, constants, group=1)
     check(compiled, tmp_path)
     assert 2 * compiled.metadata.shared <= SHARED_MEMORY  # one program computes while another waits
+
+
+@pytest.mark.parametrize("head_dim, block_size, integer, group", [(128, 4096, tl.int32, 1), (64, 256, tl.int64, 1), (128, 192, tl.int64, 4)])
+def test_past_of_large_blocks_compiles(head_dim, block_size, integer, group, tmp_path):
+    tile = tile_of("hopper_past", block_size)
+    layout = gl.NVMMASharedLayout.get_default_for([tile.columns, head_dim], gl.bfloat16)
+    keys = f"tensordesc<bf16[{tile.columns}, {head_dim}],{layout!r}>"
+    constants = {"B": block_size, "D": head_dim, "P": 11, "BN": tile.columns, "INT": integer, "STAGES": tile.stages}
+    types = POINTERS | {"K": keys, "V": keys}
+    compiled = compile_for_hopper(hopper.past_streaming_kernel, tile.warps, constants, group=group, types=types)
+    check(compiled, tmp_path)
+    assert re.search(r"\b0 bytes spill stores", remarks(compiled, tmp_path))
+    assert compiled.asm["ptx"].count("setmaxnreg") > 0  # the registers of warps that copy go to those that multiply
 
 
 @pytest.mark.parametrize("head_dim, block_size", [(128, 512), (64, 64)])

@@ -4,7 +4,8 @@
 Warp groups hold keys, or queries, and what they sum up for them; the other side passes by in tiles of 64, which are copied into shared
 memory ahead of their use. Products are issued without waiting; what is added up last is waited for under the next tile's first products.
 Barriers, at which all warps wait for the slowest, cost more than anything else here. Triton adds one wherever an array in shared memory is
-written and read, at whatever index, with none between: hence the order of things in a loop.
+written and read, at whatever index, with none between: hence the order of things in a loop. Where warps of their own copy, barriers in
+shared memory tell when a tile is there (`full`) and when all who read it have (`free`).
 """
 
 from triton.experimental import gluon
@@ -12,6 +13,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
+    mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
@@ -20,6 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from model.ops.moba.triton.launch import TABLES
 
 ROWS = gl.constexpr(64)
+# Past of large blocks: warps that copy queries; registers of a thread that copies, and of one that multiplies; of how many pieces slots are
+# kept, since queries are copied for the next piece but one before what comes out for the last but one is stored.
+QUERY_WARPS, COPY_REGISTERS, ATTEND_REGISTERS, SLOT_BUFFERS = gl.constexpr(2), gl.constexpr(40), gl.constexpr(232), gl.constexpr(4)
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in Triton 3.7
 
 
@@ -142,6 +148,208 @@ def past_kernel(
         score_row += ROWS
         stored_row += ROWS
     _landed()
+
+
+@gluon.jit
+def _copy_queries_of_pieces(
+    Q, ENTRIES, BEGIN, END, ENDS, PIECE, num_pieces, stride_t, stride_h, first_head, first_token, range_tokens, num_blocks,
+    q_smem, tokens, slots, full, free, P: gl.constexpr, INT: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    # What WARPS do for `past_streaming_kernel`: the rows of q of each piece, and the slots of their results, -1 past a list's end.
+    D: gl.constexpr = q_smem.shape[2]
+    rows: gl.constexpr = _gathered(ROWS, D, WARPS)
+    dims = gl.arange(0, D, layout=gl.SliceLayout(0, rows))[None, :]
+    row = gl.arange(0, ROWS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    piece, programs = gl.program_id(0), gl.num_programs(0)
+    last = piece + (num_pieces - 1) * programs
+    which = gl.load(PIECE + piece)
+    following = gl.load(PIECE + gl.minimum(piece + programs, last))
+    list_begin, end, pieces = gl.load(BEGIN + which), gl.load(END + which), gl.load(ENDS + which)
+    for i in range(num_pieces):
+        local_head = (which // num_blocks).to(gl.int64)
+        slot_base = ((local_head * range_tokens - first_token) * P).to(gl.int32)
+        at = list_begin + ((end - list_begin + 2 * ROWS - 1) // (2 * ROWS) - (pieces - piece)) * (2 * ROWS) + row
+        first = gl.load(ENTRIES + at, mask=at < end, other=-1)
+        second = gl.load(ENTRIES + at + ROWS, mask=at + ROWS < end, other=-1)
+        which = following
+        piece += programs
+        following = gl.load(PIECE + gl.minimum(piece + programs, last))
+        list_begin, end, pieces = gl.load(BEGIN + which), gl.load(END + which), gl.load(ENDS + which)
+        for half in gl.static_range(2):
+            entry = second if half else first
+            mbarrier.wait(free.index(i % 2 * 2 + half), i // 2 & 1 ^ 1)
+            tokens.index(half).store(gl.maximum(entry, 0) // P)
+            slots.index(i % SLOT_BUFFERS * 2 + half).store(gl.where(entry >= 0, slot_base + entry, -1))
+            _barrier()
+            token = tokens.index(half).load(gl.SliceLayout(1, rows)).to(INT)[:, None]
+            from_head = Q + (first_head + local_head) * stride_h
+            async_copy.async_copy_global_to_shared(q_smem.index(i % 2 * 2 + half), from_head + token * stride_t + dims)
+        async_copy.commit_group()
+        async_copy.wait_group(0)
+        fence_async_shared()  # products may read what this thread has copied
+        _barrier()
+        mbarrier.arrive(full.index(i % 2), count=1)
+
+
+@gluon.jit
+def _copy_blocks(
+    X, START, PIECE, num_pieces, first_head, group, num_blocks, smem, full, free, TILES: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    # What one warp does for `past_streaming_kernel`: tile by tile the keys, or the values, of each piece's block.
+    BN: gl.constexpr = smem.shape[1]
+    D: gl.constexpr = smem.shape[2]
+    piece, programs = gl.program_id(0), gl.num_programs(0)
+    last = piece + (num_pieces - 1) * programs
+    which = gl.load(PIECE + piece)
+    start = gl.load(START + which % num_blocks)
+    following = gl.load(PIECE + gl.minimum(piece + programs, last))
+    n = 0  # of all pieces' tiles
+    for _ in range(num_pieces):
+        column = (first_head + which // num_blocks) // group * D
+        next_start = gl.load(START + following % num_blocks)
+        which = following
+        piece += programs
+        following = gl.load(PIECE + gl.minimum(piece + programs, last))
+        for j in range(TILES):
+            stage = n % STAGES
+            mbarrier.wait(free.index(stage), n // STAGES & 1 ^ 1)
+            mbarrier.expect(full.index(stage), BN * D * 2)
+            tma.async_copy_global_to_shared(X, [start + j * BN, column], full.index(stage), smem.index(stage))
+            n += 1
+        start = next_start
+
+
+@gluon.jit
+def _scores_of(n, num_tiles, q_smem, k_smem, q_full, k_full, HALF: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr):
+    # Issues the scores of the n-th tile; past the end those of the last once more, which nobody reads.
+    BN: gl.constexpr = k_smem.shape[1]
+    n = gl.minimum(n, num_tiles - 1)
+    i, stage = n // TILES, n % STAGES
+    if n % TILES == 0:
+        mbarrier.wait(q_full.index(i % 2), i // 2 & 1)
+    mbarrier.wait(k_full.index(stage), n // STAGES & 1)
+    zero = gl.zeros((ROWS, BN), gl.float32, layout=_products(BN, 4))
+    k = k_smem.index(stage).permute((1, 0))
+    return warpgroup_mma(q_smem.index(i % 2 * 2 + HALF), k, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _softmax(s, most, total, scale):
+    # The exponentials of scores; row by row by how much the sums so far shrink, the maximum, and the sum.
+    new_most = gl.maximum(most, gl.reduce(s, 1, _larger) * scale)
+    p = gl.exp2(s * scale - new_most[:, None])
+    shrink = gl.exp2(most - new_most)
+    return p, shrink, new_most, total * shrink + gl.reduce(p, 1, _together)
+
+
+@gluon.jit
+def _attend(
+    SLOTS, SLOT_LSE, num_pieces, q_smem, k_smem, v_smem, slots, barriers, scale,
+    HALF: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    # What a warp group does for `past_streaming_kernel`: half of the queries of each piece. While a tile's values are summed up, the
+    # exponentials of the next one are computed, whose scores were issued before; so too from one piece to the next.
+    q_full, q_free, k_full, k_free, v_full, v_free = barriers
+    dtype: gl.constexpr = q_smem.dtype
+    D: gl.constexpr = q_smem.shape[2]
+    sums: gl.constexpr = _products(D, 4)
+    operand: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
+    stored: gl.constexpr = _stored(D, 4, 1)
+    by_row: gl.constexpr = gl.SliceLayout(1, _products(k_smem.shape[1], 4))
+    dims = gl.arange(0, D, layout=gl.SliceLayout(0, stored))[None, :]
+    num_tiles = num_pieces * TILES
+    none = gl.full((ROWS,), float("-inf"), gl.float32, layout=by_row)
+    zero = gl.zeros((ROWS,), gl.float32, layout=by_row)
+    s = warpgroup_mma_wait(0, deps=[_scores_of(0, num_tiles, q_smem, k_smem, q_full, k_full, HALF, TILES, STAGES)])
+    # Such an arrival is that of each thread and waits for no copies: there are none of these threads.
+    async_copy.mbarrier_arrive(k_free.index(0), increment_count=False)
+    if TILES == 1:
+        async_copy.mbarrier_arrive(q_free.index(HALF), increment_count=False)
+    s, shrink, most, total = _softmax(s, none, zero, scale)
+    p = gl.convert_layout(s.to(dtype), operand)
+    out = gl.zeros((ROWS, D), gl.float32, layout=sums)
+    for i in range(num_pieces):
+        for j in range(TILES):
+            n = i * TILES + j
+            stage = n % STAGES
+            out *= gl.convert_layout(shrink, gl.SliceLayout(1, sums))[:, None]
+            s = _scores_of(n + 1, num_tiles, q_smem, k_smem, q_full, k_full, HALF, TILES, STAGES)
+            mbarrier.wait(v_full.index(stage), n // STAGES & 1)
+            out = warpgroup_mma(p, v_smem.index(stage), out, use_acc=j > 0, is_async=True)
+            s = warpgroup_mma_wait(1, deps=[s])
+            async_copy.mbarrier_arrive(k_free.index((n + 1) % STAGES), increment_count=False)
+            if (n + 2) % TILES == 0:
+                async_copy.mbarrier_arrive(q_free.index((n + 1) // TILES % 2 * 2 + HALF), increment_count=False)
+            piece_most, piece_total = most, total
+            if j + 1 == TILES:  # a new piece
+                most, total = none, zero
+            if scale >= 0:  # always: a branch, over which ptxas does not lift the wait for `out`
+                s, shrink, most, total = _softmax(s, most, total, scale)
+            out = warpgroup_mma_wait(0, deps=[out])
+            async_copy.mbarrier_arrive(v_free.index(stage), increment_count=False)
+            p = gl.convert_layout(s.to(dtype), operand)
+            if j + 1 == TILES:
+                piece_slots = slots.index(i % SLOT_BUFFERS * 2 + HALF)
+                slot = piece_slots.load(by_row)
+                gl.store(SLOT_LSE + slot, piece_most + gl.log2(piece_total), mask=slot >= 0)
+                slot = piece_slots.load(gl.SliceLayout(1, stored))[:, None]
+                partial = (out * gl.convert_layout(1 / piece_total, gl.SliceLayout(1, sums))[:, None]).to(dtype)
+                gl.store(SLOTS + slot.to(gl.int64) * D + dims, gl.convert_layout(partial, stored), mask=slot >= 0)
+
+
+@gluon.jit(do_not_specialize_on_alignment=TABLES)
+def past_streaming_kernel(
+    Q, K, V, SLOTS, SLOT_LSE, ENTRIES, BEGIN, END, ENDS, PIECE, START, stride_t, stride_h,
+    first_head, group, first_token, range_tokens, num_blocks, num_lists, scale,
+    B: gl.constexpr, D: gl.constexpr, P: gl.constexpr, BN: gl.constexpr, INT: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Normalised partial outputs, `[H, T, P, D]`, and their log-sum-exp of 2 * ROWS queries of one block's list, by which its keys and
+    values pass, BN at a time; then of the next such piece. Arguments as of `forward._past_streaming_kernel`.
+
+    FlashAttention-3 ([arXiv 2407.08608](https://arxiv.org/abs/2407.08608), algorithm 2): each half of the queries has a warp group, other
+    warps copy.
+    """
+    num_pieces = (gl.load(ENDS + num_lists - 1) - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
+    if num_pieces <= 0:
+        return
+    TILES: gl.constexpr = B // BN
+    dtype: gl.constexpr = Q.dtype.element_ty
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_smem = gl.allocate_shared_memory(dtype, [4, ROWS, D], gl.NVMMASharedLayout.get_default_for([ROWS, D], dtype))
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, D], K.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, D], V.layout)
+    tokens = gl.allocate_shared_memory(gl.int32, [2, ROWS], flat)
+    slots = gl.allocate_shared_memory(gl.int32, [2 * SLOT_BUFFERS, ROWS], flat)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_free = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for n in gl.static_range(2):
+        mbarrier.init(q_full.index(n), count=1)
+        mbarrier.init(q_free.index(n), count=128)
+        mbarrier.init(q_free.index(n + 2), count=128)
+    for n in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(n), count=1)
+        mbarrier.init(k_free.index(n), count=256)
+        mbarrier.init(v_full.index(n), count=1)
+        mbarrier.init(v_free.index(n), count=256)
+    barriers = (q_full, q_free, k_full, k_free, v_full, v_free)
+    gl.warp_specialize(
+        [
+            (_attend, (SLOTS, SLOT_LSE, num_pieces, q_smem, k_smem, v_smem, slots, barriers, scale, 0, TILES, STAGES)),
+            (_attend, (SLOTS, SLOT_LSE, num_pieces, q_smem, k_smem, v_smem, slots, barriers, scale, 1, TILES, STAGES)),
+            (_copy_queries_of_pieces, (
+                Q, ENTRIES, BEGIN, END, ENDS, PIECE, num_pieces, stride_t, stride_h, first_head, first_token, range_tokens, num_blocks,
+                q_smem, tokens, slots, q_full, q_free, P, INT, QUERY_WARPS,
+            )),
+            (_copy_blocks, (K, START, PIECE, num_pieces, first_head, group, num_blocks, k_smem, k_full, k_free, TILES, STAGES)),
+            (_copy_blocks, (V, START, PIECE, num_pieces, first_head, group, num_blocks, v_smem, v_full, v_free, TILES, STAGES)),
+        ],
+        [4, QUERY_WARPS, 1, 1],
+        [ATTEND_REGISTERS, COPY_REGISTERS, COPY_REGISTERS, COPY_REGISTERS],
+    )  # fmt: skip
 
 
 @gluon.jit
