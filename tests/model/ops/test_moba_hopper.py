@@ -52,7 +52,7 @@ def language_of_the_compiler():
                 setattr(owner, name, value)
 
 
-def compile_for_hopper(kernel, warps, constants, *, group, types=POINTERS, **options):
+def compile_for_hopper(kernel, warps, constants, *, group, types=POINTERS, registers=None):
     """As a call with `group` query heads to a key head has it: Triton makes a constant of a number that is 1, where the kernel lets it."""
     names, constants = kernel.arg_names, dict(constants)
     if group == 1 and "group" in names and not kernel.params[names.index("group")].do_not_specialize:
@@ -61,7 +61,7 @@ def compile_for_hopper(kernel, warps, constants, *, group, types=POINTERS, **opt
     aligned = [name for name in names if signature[name].startswith("*") or "stride" in name]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = GluonASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, **options})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "maxnreg": registers})
 
 
 def remarks(compiled, tmp_path):
@@ -74,7 +74,8 @@ def remarks(compiled, tmp_path):
 
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize(
-    "head_dim, block_size, is_long", [(128, 128, False), (128, 128, True), (128, 512, True), (64, 64, None), (64, 192, True)]
+    "head_dim, block_size, is_long",
+    [(128, 128, False), (128, 128, True), (64, 128, False), (128, 512, False), (128, 512, True), (128, 192, False), (64, 64, None), (64, 192, True)],
 )
 def test_dk_dv_compiles(head_dim, block_size, is_long, group, tmp_path):
     """`is_long` None: without lists."""
@@ -88,7 +89,8 @@ def test_dk_dv_compiles(head_dim, block_size, is_long, group, tmp_path):
         "LISTS": is_long is not None,
     }
     constants |= {"LONG": bool(is_long), "KEEP_DQ": block_size == 128, "INT": tl.int64 if is_long else tl.int32}
-    check(compile_for_hopper(hopper.dk_dv_kernel, tile.columns // 16, constants, group=group), tmp_path)
+    how = hopper.DK_DV_WARPS[tile.columns]
+    check(compile_for_hopper(hopper.dk_dv_kernel, how["warps"], constants, group=group, registers=how["registers"]), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -99,8 +101,8 @@ def test_gate_compiles(head_dim, block_size, num_past, columns, tmp_path):
     tile = tile_of("hopper_gate", block_size)
     constants = {"TILES": -(-block_size // tile.rows), "D": head_dim, "P": num_past, "BQ": tile.rows, "BN": columns}
     constants["SLOTS"] = max(8, power_of_2(num_past))
-    options = {"maxnreg": 128} if tile.warps == 8 else {}
-    compiled = compile_for_hopper(hopper.gate_kernel, tile.warps, constants, group=1, **options)
+    registers = 128 if tile.warps == 8 else None
+    compiled = compile_for_hopper(hopper.gate_kernel, tile.warps, constants, group=1, registers=registers)
     check(compiled, tmp_path)
     assert 2 * compiled.metadata.shared <= SHARED_MEMORY
 

@@ -265,7 +265,7 @@ def _keys_launches(call: Call, heads: range) -> _KeysLaunches:
     def launch(grid: tuple[int, int], *, is_long: bool) -> Launch:
         constants = {**sizes, "LISTS": call.num_past > 0, "LONG": is_long, "INT": call.offsets}
         if call.on_hopper:
-            return Launch(hopper.dk_dv_kernel, grid, *numbers, **constants, warps=keys // 16)
+            return Launch(hopper.dk_dv_kernel, grid, *numbers, **constants, **hopper.DK_DV_WARPS[keys])
         return Launch(_dk_dv_kernel, grid, *numbers, **constants, BM=tile.rows, STAGES=tile.stages, warps=tile.warps)
 
     most = launch((blocks.count * tiles, len(heads) // call.group), is_long=False)

@@ -25,7 +25,12 @@ from model.ops.moba.triton.launch import TABLES
 ROWS = gl.constexpr(64)
 # Past of large blocks: warps that copy queries; registers of a thread that copies, and of one that multiplies; of how many pieces slots are
 # kept, since queries are copied for the next piece but one before what comes out for the last but one is stored.
-QUERY_WARPS, COPY_REGISTERS, ATTEND_REGISTERS, SLOT_BUFFERS = gl.constexpr(2), gl.constexpr(40), gl.constexpr(232), gl.constexpr(4)
+QUERY_WARPS, QUERY_REGISTERS, ATTEND_REGISTERS, SLOT_BUFFERS = gl.constexpr(2), gl.constexpr(40), gl.constexpr(232), gl.constexpr(4)
+# dK and dV: warps that copy, and the registers of one of their threads.
+COPY_WARPS, COPY_REGISTERS = gl.constexpr(4), gl.constexpr(24)
+# By the number of keys: the warps that sum up, and the registers with which a thread of any warp begins. What the copying ones give back
+# makes 240 for one that sums up where a program has a multiprocessor, 232 where two share it.
+DK_DV_WARPS = {128: {"warps": 8, "registers": 168}, 64: {"warps": 4, "registers": 128}}
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in Triton 3.7
 
 
@@ -348,7 +353,7 @@ def past_streaming_kernel(
             (_copy_blocks, (V, START, PIECE, num_pieces, first_head, group, num_blocks, v_smem, v_full, v_free, TILES, STAGES)),
         ],
         [4, QUERY_WARPS, 1, 1],
-        [ATTEND_REGISTERS, COPY_REGISTERS, COPY_REGISTERS, COPY_REGISTERS],
+        [ATTEND_REGISTERS, QUERY_REGISTERS, QUERY_REGISTERS, QUERY_REGISTERS],
     )  # fmt: skip
 
 
@@ -456,117 +461,174 @@ def gate_kernel(
 
 
 @gluon.jit
-def _code_of(t, num_own, own_row, start, length, ENTRIES, begin, end, rows):
-    # What stands in row `rows` of the t-th tile of queries: first those of the own block, as -2 - token; then the list's entries; -1 past
-    # the end of either.
-    row = own_row + t * ROWS + rows
-    i = begin + (t - num_own) * ROWS + rows
-    entry = gl.load(ENTRIES + i, mask=(t >= num_own) & (i < end), other=-1)
-    return gl.where(t < num_own, gl.where(row < length, -2 - start - row, -1), entry)
+def _list_of(g, lists, SPLIT: gl.constexpr, LISTS: gl.constexpr, LONG: gl.constexpr):
+    # Where the entries begin that this program takes of the g-th head's list, how many they are, and how many the list has.
+    first, num_blocks, piece, ENTRIES, BEGIN, END, ENDS = lists
+    entries, taken, count = ENTRIES, 0, 0
+    if LISTS:
+        listed = first + g * num_blocks
+        list_begin = gl.load(BEGIN + listed)
+        count = gl.load(END + listed) - list_begin
+        begin = 0
+        if LONG:
+            begin = (piece - gl.load(ENDS + listed) + (count + SPLIT - 1) // SPLIT) * SPLIT
+        entries, taken = ENTRIES + list_begin + begin, gl.minimum(SPLIT, count - begin)
+    return entries, taken, count
 
 
 @gluon.jit
-def _copy_queries(
-    q_smem, do_smem, lse_smem, delta_smem, codes, Q, D_OUT, LSE, DELTA, stride_t, grad_stride_t,
-    D: gl.constexpr, P: gl.constexpr, INT: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
-    # Rows that are none become zeros, of q, d_out, their log-sum-exp and delta: a probability of 1 that meets only zeros.
-    rows: gl.constexpr = _gathered(ROWS, D, WARPS)
-    code = codes.load(gl.SliceLayout(1, rows))
-    at = gl.where(code >= 0, code // P, gl.maximum(-2 - code, 0)).to(INT)[:, None]
-    real = (code != -1)[:, None]
-    dims = gl.arange(0, D, layout=gl.SliceLayout(0, rows))[None, :]
-    async_copy.async_copy_global_to_shared(q_smem, Q + at * stride_t + dims, mask=real)
-    async_copy.async_copy_global_to_shared(do_smem, D_OUT + at * grad_stride_t + dims, mask=real)
-    code = codes.load(gl.BlockedLayout([1], [32], [WARPS], [0]))
-    at, real = gl.where(code >= 0, code // P, gl.maximum(-2 - code, 0)), code != -1
-    async_copy.async_copy_global_to_shared(lse_smem, LSE + at, mask=real)
-    async_copy.async_copy_global_to_shared(delta_smem, DELTA + at, mask=real)
+def _num_tiles(num_own, taken):
+    return num_own + (taken + ROWS - 1) // ROWS
+
+
+@gluon.jit
+def _sums_at(BK: gl.constexpr, D: gl.constexpr):
+    sums: gl.constexpr = _products(D, BK // 16)
+    return gl.arange(0, BK, layout=gl.SliceLayout(1, sums))[:, None] * D + gl.arange(0, D, layout=gl.SliceLayout(0, sums))[None, :]
+
+
+@gluon.jit
+def _copy_entries(to, entries, t, num_own, taken, row):
+    # Entries of the t-th tile of queries, if it is one of the list.
+    i = (t - num_own) * ROWS + row
+    async_copy.async_copy_global_to_shared(to, entries + i, mask=(i >= 0) & (i < taken))
     async_copy.commit_group()
 
 
 @gluon.jit
-def _store_queries(DQ_SLOTS, dq, code, rows: gl.constexpr, dtype: gl.constexpr, D: gl.constexpr, INT: gl.constexpr):
-    # The part of dQ that one tile of a list gets from these keys; an own block's is computed elsewhere.
+def _token_of(row, entries, t, num_own, own_row, start, length, taken, P: gl.constexpr):
+    # The token of row `row` of the t-th tile, and whether there is one.
+    own = t < num_own
+    token = gl.where(own, start + gl.minimum(own_row + t * ROWS + row, length - 1), entries.load(row.type.layout) // P)
+    return token, row < gl.where(own, length - own_row, taken + num_own * ROWS) - t * ROWS
+
+
+@gluon.jit
+def _copy_tiles(
+    Q, D_OUT, LSE, DELTA, lists, head, heads, num_own, own_row, start, length, tiles, barriers, strides, first_head, num_tokens,
+    D: gl.constexpr, P: gl.constexpr, SPLIT: gl.constexpr, LISTS: gl.constexpr, LONG: gl.constexpr, INT: gl.constexpr,
+):  # fmt: skip
+    # What COPY_WARPS do for `_sum_over_queries`: each head's tiles of queries, one after another, entries two tiles ahead of rows. They
+    # never wait for a copy but that of entries.
+    q_smem, do_smem, lse_smem, delta_smem, entry_smem = tiles
+    full, reached = barriers
+    STAGES: gl.constexpr = q_smem.shape[0]
+    RING: gl.constexpr = entry_smem.shape[0]
+    PART: gl.constexpr = 32  # rows at once: registers are few
+    stride_t, stride_h, grad_stride_t, grad_stride_h = strides
+    rows: gl.constexpr = _gathered(PART, D, COPY_WARPS)
+    row = gl.arange(0, ROWS, layout=gl.BlockedLayout([1], [32], [COPY_WARPS], [0]))
     dims = gl.arange(0, D, layout=gl.SliceLayout(0, rows))[None, :]
-    gl.store(DQ_SLOTS + code.to(INT)[:, None] * D + dims, gl.convert_layout(dq.to(dtype), rows), mask=(code >= 0)[:, None])
+    n = 0  # of all heads' tiles
+    for g in range(heads):
+        entries, taken, _ = _list_of(g, lists, SPLIT, LISTS, LONG)
+        of_head = first_head + (head + g).to(gl.int64)
+        if LISTS:
+            _copy_entries(entry_smem.index(n % RING), entries, 0, num_own, taken, row)
+            _copy_entries(entry_smem.index((n + 1) % RING), entries, 1, num_own, taken, row)
+        for t in range(_num_tiles(num_own, taken)):
+            stage = n % STAGES
+            # Until tile n + 1 - STAGES is reached, the one before it is read, which lies here. The first STAGES - 1 need not wait.
+            mbarrier.wait(reached.index((n + 1) % STAGES), (n + 1) // STAGES & 1 ^ 1)
+            if LISTS:
+                _copy_entries(entry_smem.index((n + 2) % RING), entries, t + 2, num_own, taken, row)
+                async_copy.wait_group(2)  # this tile's have come, and the next one's
+            _barrier()
+            mbarrier.arrive(full.index(stage), count=1)  # of all threads, for entries
+            here = entry_smem.index(n % RING)
+            for part in gl.static_range(ROWS // PART):
+                part_row = part * PART + gl.arange(0, PART, layout=gl.SliceLayout(1, rows))
+                token, real = _token_of(part_row, here.slice(part * PART, PART), t, num_own, own_row, start, length, taken, P)
+                at, real = token.to(INT)[:, None], real[:, None]
+                from_q, from_do = Q + of_head * stride_h + dims, D_OUT + of_head * grad_stride_h + dims
+                async_copy.async_copy_global_to_shared(q_smem.index(stage).slice(part * PART, PART), from_q + at * stride_t, mask=real)
+                async_copy.async_copy_global_to_shared(do_smem.index(stage).slice(part * PART, PART), from_do + at * grad_stride_t, mask=real)
+            # Rows that are none become zeros, of q, d_out, their log-sum-exp and delta: a probability of 1 that meets only zeros.
+            token, real = _token_of(row, here, t, num_own, own_row, start, length, taken, P)
+            async_copy.async_copy_global_to_shared(lse_smem.index(stage), LSE + of_head * num_tokens + token, mask=real)
+            async_copy.async_copy_global_to_shared(delta_smem.index(stage), DELTA + of_head * num_tokens + token, mask=real)
+            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)  # of each thread, once its copies have come
+            async_copy.commit_group()
+            n += 1
 
 
 @gluon.jit
 def _sum_over_queries(
-    Q, D_OUT, LSE, DELTA, DQ_SLOTS, k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, codes, dk, dv,
-    num_own, own_row, start, length, ENTRIES, begin, end, stride_t, grad_stride_t, scale,
-    BK: gl.constexpr, D: gl.constexpr, P: gl.constexpr, KEEP_DQ: gl.constexpr, INT: gl.constexpr,
+    PARTIAL, DQ_SLOTS, lists, head, heads, num_own, tile, k_smem, v_smem, ds_smem, tiles, barriers, num_tokens, scale,
+    TILES: gl.constexpr, BK: gl.constexpr, D: gl.constexpr, P: gl.constexpr, SPLIT: gl.constexpr, KEEP_DQ: gl.constexpr,
+    LISTS: gl.constexpr, LONG: gl.constexpr, INT: gl.constexpr,
 ):  # fmt: skip
-    # dK and dV of BK keys over num_own tiles of their block's queries from own_row on, then entries begin..end of their list, of one head.
+    # dK and dV of BK keys over all heads. KEEP_DQ: and what dQ of a list's queries gets from them; an own block's is computed elsewhere.
     WARPS: gl.constexpr = BK // 16
     ACROSS: gl.constexpr = WARPS // 4
+    q_smem, do_smem, lse_smem, delta_smem, entry_smem = tiles
+    full, reached = barriers
+    STAGES: gl.constexpr = q_smem.shape[0]
+    dtype: gl.constexpr = q_smem.dtype
     scores: gl.constexpr = _products(ROWS, WARPS)  # [keys, queries]
     sums: gl.constexpr = _products(D, WARPS)  # [keys, D]
-    query_sums: gl.constexpr = _products(D // ACROSS, WARPS, ACROSS)  # [queries, D]
     operand: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
-    rows = gl.arange(0, ROWS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    query_sums: gl.constexpr = _products(D // ACROSS, WARPS, ACROSS)  # [queries, D]
+    stored: gl.constexpr = _stored(D // ACROSS, WARPS, ACROSS)
+    dims = gl.arange(0, D, layout=gl.SliceLayout(0, stored))[None, :]
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, stored))
     key = gl.arange(0, BK, layout=gl.SliceLayout(1, scores))[:, None]
     query = gl.arange(0, ROWS, layout=gl.SliceLayout(0, scores))[None, :]
-    stored: gl.constexpr = _stored(D // ACROSS, WARPS, ACROSS)
-    stored_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, stored))
-    num_tiles = num_own + gl.maximum(end - begin + ROWS - 1, 0) // ROWS
-    # Tile t lies in buffers t % STAGES; copies run so far ahead that what they fill was left a tile ago.
-    STAGES: gl.constexpr = q_smem.shape[0]
-    AHEAD: gl.constexpr = STAGES - 1
-    for t in gl.static_range(AHEAD):
-        _barrier()  # all warps have left what is written now
-        codes.store(_code_of(t, num_own, own_row, start, length, ENTRIES, begin, end, rows))
-        _barrier()
-        _copy_queries(
-            q_smem.index(t), do_smem.index(t), lse_smem.index(t), delta_smem.index(t), codes, Q, D_OUT, LSE, DELTA, stride_t, grad_stride_t,
-            D, P, INT, WARPS,
-        )  # fmt: skip
-    following = _code_of(AHEAD, num_own, own_row, start, length, ENTRIES, begin, end, rows)
-    before = gl.full((ROWS,), -1, gl.int32, layout=stored_rows.type.layout)
-    dk, dv = warpgroup_mma_init(dk), warpgroup_mma_init(dv)
-    dq = warpgroup_mma_init(gl.zeros((ROWS, D), gl.float32, layout=query_sums))
-    now, then = 0, AHEAD
-    for t in range(num_tiles):
-        q, do = q_smem.index(now), do_smem.index(now)
-        if KEEP_DQ:  # of the tile before; ptxas makes all products wait for each other where this one is read while others run
-            dk, dv, dq = warpgroup_mma_wait(0, deps=[dk, dv, dq])
-        _landed(AHEAD - 1)
-        zero = gl.zeros((BK, ROWS), gl.float32, layout=scores)
-        s = warpgroup_mma(k_smem, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-        dp = warpgroup_mma(v_smem, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-        if KEEP_DQ:
-            _store_queries(DQ_SLOTS, dq, before, stored, q.dtype, D, INT)
-            before = _code_of(t, num_own, own_row, start, length, ENTRIES, begin, end, stored_rows)
-        lse = lse_smem.index(now).load(gl.SliceLayout(0, scores))
-        s, dk, dv = warpgroup_mma_wait(1, deps=[s, dk, dv])
-        p = gl.exp2(s * scale - lse[None, :])
-        if t < gl.minimum(num_own, BK // ROWS):  # tiles on the diagonal; own queries after them see all these keys
-            p = gl.where(t * ROWS + query >= key, p, 0.0)
-        delta = delta_smem.index(now).load(gl.SliceLayout(0, scores))
-        dv = warpgroup_mma(gl.convert_layout(p.to(q.dtype), operand), do, dv, is_async=True)
-        dp = warpgroup_mma_wait(1, deps=[dp])
-        ds = (p * (dp - delta[None, :])).to(q.dtype)
-        dk = warpgroup_mma(gl.convert_layout(ds, operand), q, dk, is_async=True)
-        codes.store(following)
-        if KEEP_DQ:
-            ds_smem.store(ds)
-            fence_async_shared()
-        _barrier()  # all of `ds` and the codes are there, and the products of the tile before are done, whose buffers are filled again
-        if KEEP_DQ:
-            dq = warpgroup_mma(
-                ds_smem.permute((1, 0)), k_smem, gl.zeros((ROWS, D), gl.float32, layout=query_sums), use_acc=False, is_async=True
-            )
-        _copy_queries(
-            q_smem.index(then), do_smem.index(then), lse_smem.index(then), delta_smem.index(then), codes, Q, D_OUT, LSE, DELTA, stride_t,
-            grad_stride_t, D, P, INT, WARPS,
-        )  # fmt: skip
-        now, then = gl.where(now == STAGES - 1, 0, now + 1), gl.where(then == STAGES - 1, 0, then + 1)
-        following = _code_of(t + AHEAD + 1, num_own, own_row, start, length, ENTRIES, begin, end, rows)
-    dk, dv, dq = warpgroup_mma_wait(0, deps=[dk, dv, dq])
-    _landed()  # nobody reads or fills what is written over from here on
-    if KEEP_DQ:
-        _store_queries(DQ_SLOTS, dq, before, stored, q_smem.dtype, D, INT)
+    dk, dv = gl.zeros((BK, D), gl.float32, layout=sums), gl.zeros((BK, D), gl.float32, layout=sums)
+    n = 0  # of all heads' tiles
+    _landed()  # keys and values
+    for g in range(heads):
+        _, taken, count = _list_of(g, lists, SPLIT, LISTS, LONG)
+        slots = DQ_SLOTS + (head + g).to(gl.int64) * num_tokens * P * D
+        dk, dv = warpgroup_mma_init(dk), warpgroup_mma_init(dv)
+        for t in range(_num_tiles(num_own, taken)):
+            stage = n % STAGES
+            q, do = q_smem.index(stage), do_smem.index(stage)
+            mbarrier.wait(full.index(stage), n // STAGES & 1)
+            fence_async_shared()  # products may read what has been copied
+            lse = lse_smem.index(stage).load(gl.SliceLayout(0, scores))
+            # Only dK's product may still run, or registers would not suffice: not even that where two programs share them.
+            if BK == 64:
+                dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
+            elif not KEEP_DQ:  # else dQ has been waited for
+                dv = warpgroup_mma_wait(1, deps=[dv])
+            zero = gl.zeros((BK, ROWS), gl.float32, layout=scores)
+            s = warpgroup_mma(k_smem, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+            dp = warpgroup_mma(v_smem, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+            dk, dv = warpgroup_mma_wait(2, deps=[dk, dv])
+            # Such an arrival is that of each thread and waits for no copies: there are none of these threads.
+            async_copy.mbarrier_arrive(reached.index(stage), increment_count=False)
+            s = warpgroup_mma_wait(1, deps=[s])
+            p = gl.exp2(s * scale - lse[None, :])
+            if t < gl.minimum(num_own, BK // ROWS):  # tiles on the diagonal; own queries after them see all these keys
+                p = gl.where(t * ROWS + query >= key, p, 0.0)
+            delta = delta_smem.index(stage).load(gl.SliceLayout(0, scores))
+            dp = warpgroup_mma_wait(0, deps=[dp])
+            ds = (p * (dp - delta[None, :])).to(dtype)
+            dv = warpgroup_mma(gl.convert_layout(p.to(dtype), operand), do, dv, is_async=True)
+            if KEEP_DQ:
+                ds_smem.index(n % 2).store(ds)
+                fence_async_shared()
+                _barrier()
+                zero = gl.zeros((ROWS, D), gl.float32, layout=query_sums)
+                dq = warpgroup_mma(ds_smem.index(n % 2).permute((1, 0)), k_smem, zero, use_acc=False, is_async=True)
+            dk = warpgroup_mma(gl.convert_layout(ds, operand), q, dk, is_async=True)
+            if KEEP_DQ:
+                dq = warpgroup_mma_wait(1, deps=[dq])
+                slot = entry_smem.index(n % entry_smem.shape[0]).load(row.type.layout).to(INT)[:, None]
+                real = (t >= num_own) & (row < taken - (t - num_own) * ROWS)
+                gl.store(slots + slot * D + dims, gl.convert_layout(dq.to(dtype), stored), mask=real[:, None])
+            n += 1
+        dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
+        if LISTS and not LONG:  # noqa: SIM102 - of a constant, then of a tensor
+            if count > SPLIT:  # what the other launch has summed up over the list past its first SPLIT entries
+                first, num_blocks, _, _, _, _, ENDS = lists
+                pieces = (count - 1) // SPLIT
+                first_piece = (gl.load(ENDS + first + g * num_blocks) - pieces).to(gl.int64)
+                for nth in range(pieces):
+                    partial = PARTIAL + ((first_piece + nth) * TILES + tile) * (2 * BK * D) + _sums_at(BK, D)
+                    dk += gl.load(partial)
+                    dv += gl.load(partial + BK * D)
     return dk, dv
 
 
@@ -583,36 +645,40 @@ def dk_dv_kernel(
 
     LONG: what a list holds past its first SPLIT entries, SPLIT at a time, into sums that the other launch adds up in order.
     """
-    tile = gl.program_id(0) % TILES
+    tile, piece = gl.program_id(0) % TILES, gl.program_id(0) // TILES
     if LONG:
-        piece = gl.program_id(0) // TILES
         if piece >= gl.load(ENDS + num_lists - 1):
             return
         which = gl.load(PIECE + piece)
         block, head = which % num_blocks, which // num_blocks
         kv_head, heads = head // group, gl.minimum(group, 1)  # one
     else:
-        block, kv_head = gl.program_id(0) // TILES, gl.program_id(1)
+        block, kv_head = piece, gl.program_id(1)
         heads, head = group, kv_head * group
     start, length = gl.load(START + block), gl.load(LENGTH + block)
     if tile * BK >= length:
         return
     WARPS: gl.constexpr = BK // 16
     rows: gl.constexpr = _gathered(BK, D, WARPS)
-    sums: gl.constexpr = _products(D, WARPS)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     dtype: gl.constexpr = Q.dtype.element_ty
     queries: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], dtype)
     keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BK, D], dtype)
+    # What there is room for; with 64 keys, twice on a multiprocessor.
+    STAGES: gl.constexpr = 2 if BK == 64 else 3 if KEEP_DQ else 4
     k_smem = gl.allocate_shared_memory(dtype, [BK, D], keys)
     v_smem = gl.allocate_shared_memory(dtype, [BK, D], keys)
-    STAGES: gl.constexpr = 3 if BK == 128 else 2  # with 64 keys two programs fit
+    ds_smem = gl.allocate_shared_memory(dtype, [2, BK, ROWS], gl.NVMMASharedLayout.get_default_for([BK, ROWS], dtype)) if KEEP_DQ else k_smem
     q_smem = gl.allocate_shared_memory(dtype, [STAGES, ROWS, D], queries)
     do_smem = gl.allocate_shared_memory(dtype, [STAGES, ROWS, D], queries)
-    ds_smem = gl.allocate_shared_memory(dtype, [BK, ROWS], gl.NVMMASharedLayout.get_default_for([BK, ROWS], dtype)) if KEEP_DQ else k_smem
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], flat)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], flat)
-    codes = gl.allocate_shared_memory(gl.int32, [ROWS], flat)
+    entry_smem = gl.allocate_shared_memory(gl.int32, [STAGES + 2, ROWS], flat)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    reached = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=32 * COPY_WARPS + 1)
+        mbarrier.init(reached.index(stage), count=32 * WARPS)
 
     # Keys past the end of a document repeat its last one; what comes out for them is not stored.
     key = tile * BK + gl.arange(0, BK, layout=gl.SliceLayout(1, rows))
@@ -622,38 +688,26 @@ def dk_dv_kernel(
     async_copy.async_copy_global_to_shared(v_smem, V + at + dims)
     async_copy.commit_group()
 
-    dk, dv = gl.zeros((BK, D), gl.float32, layout=sums), gl.zeros((BK, D), gl.float32, layout=sums)
-    key_row = gl.arange(0, BK, layout=gl.SliceLayout(1, sums))[:, None]
-    column = gl.arange(0, D, layout=gl.SliceLayout(0, sums))[None, :]
-    for g in range(heads):
-        begin, end, count, list_begin = 0, 0, 0, 0
-        if LISTS:
-            listed = (head + g) * num_blocks + block
-            list_begin = gl.load(BEGIN + listed)
-            count = gl.load(END + listed) - list_begin
-            if LONG:
-                begin = (piece - gl.load(ENDS + which) + (count + SPLIT - 1) // SPLIT) * SPLIT
-                end = gl.minimum(begin + SPLIT, count)
-            else:
-                end = gl.minimum(SPLIT, count)
-        num_own = 0 if LONG else (length - tile * BK + ROWS - 1) // ROWS
-        local_head = (head + g).to(gl.int64)
-        of_head = first_head + local_head
-        dk, dv = _sum_over_queries(
-            Q + of_head * stride_h, D_OUT + of_head * grad_stride_h, LSE + of_head * num_tokens, DELTA + of_head * num_tokens,
-            DQ_SLOTS + local_head * num_tokens * P * D, k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, codes, dk, dv,
-            num_own, tile * BK, start, length, ENTRIES + list_begin, begin, end, stride_t, grad_stride_t, scale, BK, D, P, KEEP_DQ, INT,
-        )  # fmt: skip
-        if LISTS and not LONG:  # noqa: SIM102 - of a constant, then of a tensor
-            if count > SPLIT:
-                pieces = (count - 1) // SPLIT
-                first = (gl.load(ENDS + listed) - pieces).to(gl.int64)
-                for nth in range(pieces):
-                    partial = PARTIAL + ((first + nth) * TILES + tile) * (2 * BK * D) + key_row * D + column
-                    dk += gl.load(partial)
-                    dv += gl.load(partial + BK * D)
+    num_own = 0 if LONG else (length - tile * BK + ROWS - 1) // ROWS
+    lists = (head * num_blocks + block, num_blocks, piece, ENTRIES, BEGIN, END, ENDS)
+    tiles, barriers = (q_smem, do_smem, lse_smem, delta_smem, entry_smem), (full, reached)
+    strides = (stride_t, stride_h, grad_stride_t, grad_stride_h)
+    dk, dv = gl.warp_specialize(
+        [
+            (_sum_over_queries, (
+                PARTIAL, DQ_SLOTS, lists, head, heads, num_own, tile, k_smem, v_smem, ds_smem, tiles, barriers, num_tokens, scale,
+                TILES, BK, D, P, SPLIT, KEEP_DQ, LISTS, LONG, INT,
+            )),
+            (_copy_tiles, (
+                Q, D_OUT, LSE, DELTA, lists, head, heads, num_own, tile * BK, start, length, tiles, barriers, strides, first_head,
+                num_tokens, D, P, SPLIT, LISTS, LONG, INT,
+            )),
+        ],
+        [COPY_WARPS],
+        [COPY_REGISTERS],
+    )  # fmt: skip
     if LONG:
-        partial = PARTIAL + gl.program_id(0).to(gl.int64) * (2 * BK * D) + key_row * D + column
+        partial = PARTIAL + gl.program_id(0).to(gl.int64) * (2 * BK * D) + _sums_at(BK, D)
         gl.store(partial, dk)
         gl.store(partial + BK * D, dv)
     else:
