@@ -24,7 +24,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "means": ("_means_kernel", "_centre_kernel"),
     "gate": ("_gate_kernel", "gate_kernel"),
     "index": ("_count_kernel", "_scatter_kernel", "_cut_kernel"),
-    "past blocks": ("_past_", "past_kernel"),
+    "past blocks": ("_past_", "past_"),
     "own block, merge": ("_own_kernel",),
     "delta": ("_delta_kernel",),
     "dK, dV": ("_dk_dv_kernel", "dk_dv_kernel"),

@@ -64,6 +64,13 @@ def compile_for_hopper(kernel, warps, constants, *, group, types=POINTERS, regis
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "maxnreg": registers})
 
 
+def with_keys(tile, head_dim):
+    """The arguments' types where keys and values are tensor descriptors."""
+    layout = gl.NVMMASharedLayout.get_default_for([tile.columns, head_dim], gl.bfloat16)
+    keys = f"tensordesc<bf16[{tile.columns}, {head_dim}],{layout!r}>"
+    return POINTERS | {"K": keys, "V": keys}
+
+
 def remarks(compiled, tmp_path):
     """What the assembler says of the kernel."""
     code = tmp_path / "kernel.ptx"
@@ -118,21 +125,21 @@ def test_past_compiles(head_dim, block_size, tmp_path):
 @pytest.mark.parametrize("head_dim, block_size, integer, group", [(128, 4096, tl.int32, 1), (64, 256, tl.int64, 1), (128, 192, tl.int64, 4)])
 def test_past_of_large_blocks_compiles(head_dim, block_size, integer, group, tmp_path):
     tile = tile_of("hopper_past", block_size)
-    layout = gl.NVMMASharedLayout.get_default_for([tile.columns, head_dim], gl.bfloat16)
-    keys = f"tensordesc<bf16[{tile.columns}, {head_dim}],{layout!r}>"
     constants = {"B": block_size, "D": head_dim, "P": 11, "BN": tile.columns, "INT": integer, "STAGES": tile.stages}
-    types = POINTERS | {"K": keys, "V": keys}
+    types = with_keys(tile, head_dim)
     compiled = compile_for_hopper(hopper.past_streaming_kernel, tile.warps, constants, group=group, types=types)
     check(compiled, tmp_path)
     assert re.search(r"\b0 bytes spill stores", remarks(compiled, tmp_path))
     assert compiled.asm["ptx"].count("setmaxnreg") > 0  # the registers of warps that copy go to those that multiply
 
 
-@pytest.mark.parametrize("head_dim, block_size", [(128, 512), (64, 64)])
-def test_dq_compiles(head_dim, block_size, tmp_path):
+@pytest.mark.parametrize("head_dim, block_size, integer", [(128, 4096, tl.int32), (128, 512, tl.int64), (64, 64, tl.int32)])
+def test_dq_compiles(head_dim, block_size, integer, tmp_path):
     tile = tile_of("hopper_dq", block_size)
-    constants = {"B": block_size, "D": head_dim, "P": 2, "BM": tile.rows, "INT": tl.int32}
-    check(compile_for_hopper(hopper.dq_past_kernel, tile.warps, constants, group=1), tmp_path)
+    constants = {"B": block_size, "D": head_dim, "P": 11, "INT": integer}
+    compiled = compile_for_hopper(hopper.dq_past_kernel, tile.warps, constants, group=1, types=with_keys(tile, head_dim))
+    check(compiled, tmp_path)
+    assert re.search(r"\b0 bytes spill stores", remarks(compiled, tmp_path))
 
 
 def check(compiled, tmp_path):
@@ -161,6 +168,7 @@ def calls_anew():
         pytest.param(16384, [0, 16384], 2, 2, 128, 64, 8, id="64, 8"),
         pytest.param(16384, [0, 16384], 4, 2, 128, 192, 4, id="192, 4"),
         pytest.param(32768, [0, 32767, 32768], 4, 4, 128, 512, 3, id="512, 3"),
+        pytest.param(20000, [0, 12000, 20000], 4, 2, 64, 1024, 4, id="1024, 4, D 64, documents"),
         pytest.param(32768, [0, 32768], 2, 1, 128, 4096, 3, id="4096, 3"),
     ],
 )

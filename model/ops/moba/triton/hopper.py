@@ -23,9 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from model.ops.moba.triton.launch import TABLES
 
 ROWS = gl.constexpr(64)
-# Past of large blocks: warps that copy queries; registers of a thread that copies, and of one that multiplies; of how many pieces slots are
-# kept, since queries are copied for the next piece but one before what comes out for the last but one is stored.
-QUERY_WARPS, QUERY_REGISTERS, ATTEND_REGISTERS, SLOT_BUFFERS = gl.constexpr(2), gl.constexpr(40), gl.constexpr(232), gl.constexpr(4)
+# Kernels that take pieces of lists: warps that copy queries; registers of a thread that multiplies, and of one that copies; of how many
+# pieces slots are kept, since queries are copied for the next piece but one before what comes out for the last but one is stored.
+QUERY_WARPS, PRODUCT_REGISTERS, QUERY_REGISTERS, SLOT_BUFFERS = gl.constexpr(2), gl.constexpr(216), gl.constexpr(72), gl.constexpr(4)
 # dK and dV: warps that copy, and the registers of one of their threads.
 COPY_WARPS, COPY_REGISTERS = gl.constexpr(4), gl.constexpr(24)
 # By the number of keys: the warps that sum up, and the registers with which a thread of any warp begins. What the copying ones give back
@@ -157,10 +157,12 @@ def past_kernel(
 
 @gluon.jit
 def _copy_queries_of_pieces(
-    Q, ENTRIES, BEGIN, END, ENDS, PIECE, num_pieces, stride_t, stride_h, first_head, first_token, range_tokens, num_blocks,
-    q_smem, tokens, slots, full, free, P: gl.constexpr, INT: gl.constexpr, WARPS: gl.constexpr,
+    Q, D_OUT, LSE, DELTA, ENTRIES, BEGIN, END, ENDS, PIECE, num_pieces, stride_t, stride_h, grad_stride_t, grad_stride_h, first_head,
+    num_tokens, first_token, range_tokens, num_blocks, q_smem, do_smem, lse_smem, delta_smem, tokens, slots, full, free,
+    P: gl.constexpr, INT: gl.constexpr, BACKWARD: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    # What WARPS do for `past_streaming_kernel`: the rows of q of each piece, and the slots of their results, -1 past a list's end.
+    # What WARPS do for kernels that take pieces of lists: the rows of q of each piece, and the slots of their results, -1 past a list's end.
+    # BACKWARD: and of the output's gradient, the log-sum-exp and delta.
     D: gl.constexpr = q_smem.shape[2]
     rows: gl.constexpr = _gathered(ROWS, D, WARPS)
     dims = gl.arange(0, D, layout=gl.SliceLayout(0, rows))[None, :]
@@ -172,6 +174,7 @@ def _copy_queries_of_pieces(
     list_begin, end, pieces = gl.load(BEGIN + which), gl.load(END + which), gl.load(ENDS + which)
     for i in range(num_pieces):
         local_head = (which // num_blocks).to(gl.int64)
+        head = first_head + local_head
         slot_base = ((local_head * range_tokens - first_token) * P).to(gl.int32)
         at = list_begin + ((end - list_begin + 2 * ROWS - 1) // (2 * ROWS) - (pieces - piece)) * (2 * ROWS) + row
         first = gl.load(ENTRIES + at, mask=at < end, other=-1)
@@ -181,14 +184,19 @@ def _copy_queries_of_pieces(
         following = gl.load(PIECE + gl.minimum(piece + programs, last))
         list_begin, end, pieces = gl.load(BEGIN + which), gl.load(END + which), gl.load(ENDS + which)
         for half in gl.static_range(2):
-            entry = second if half else first
-            mbarrier.wait(free.index(i % 2 * 2 + half), i // 2 & 1 ^ 1)
-            tokens.index(half).store(gl.maximum(entry, 0) // P)
+            entry, here = second if half else first, i % 2 * 2 + half
+            mbarrier.wait(free.index(here), i // 2 & 1 ^ 1)
+            row_token = gl.maximum(entry, 0) // P
+            tokens.index(half).store(row_token)
             slots.index(i % SLOT_BUFFERS * 2 + half).store(gl.where(entry >= 0, slot_base + entry, -1))
+            if BACKWARD:
+                async_copy.async_copy_global_to_shared(lse_smem.index(here), LSE + head * num_tokens + row_token)
+                async_copy.async_copy_global_to_shared(delta_smem.index(here), DELTA + head * num_tokens + row_token)
             _barrier()
             token = tokens.index(half).load(gl.SliceLayout(1, rows)).to(INT)[:, None]
-            from_head = Q + (first_head + local_head) * stride_h
-            async_copy.async_copy_global_to_shared(q_smem.index(i % 2 * 2 + half), from_head + token * stride_t + dims)
+            async_copy.async_copy_global_to_shared(q_smem.index(here), Q + head * stride_h + token * stride_t + dims)
+            if BACKWARD:
+                async_copy.async_copy_global_to_shared(do_smem.index(here), D_OUT + head * grad_stride_h + token * grad_stride_t + dims)
         async_copy.commit_group()
         async_copy.wait_group(0)
         fence_async_shared()  # products may read what this thread has copied
@@ -200,7 +208,7 @@ def _copy_queries_of_pieces(
 def _copy_blocks(
     X, START, PIECE, num_pieces, first_head, group, num_blocks, smem, full, free, TILES: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
-    # What one warp does for `past_streaming_kernel`: tile by tile the keys, or the values, of each piece's block.
+    # What one warp does for kernels that take pieces of lists: tile by tile the keys, or the values, of each piece's block.
     BN: gl.constexpr = smem.shape[1]
     D: gl.constexpr = smem.shape[2]
     piece, programs = gl.program_id(0), gl.num_programs(0)
@@ -346,14 +354,15 @@ def past_streaming_kernel(
             (_attend, (SLOTS, SLOT_LSE, num_pieces, q_smem, k_smem, v_smem, slots, barriers, scale, 0, TILES, STAGES)),
             (_attend, (SLOTS, SLOT_LSE, num_pieces, q_smem, k_smem, v_smem, slots, barriers, scale, 1, TILES, STAGES)),
             (_copy_queries_of_pieces, (
-                Q, ENTRIES, BEGIN, END, ENDS, PIECE, num_pieces, stride_t, stride_h, first_head, first_token, range_tokens, num_blocks,
-                q_smem, tokens, slots, q_full, q_free, P, INT, QUERY_WARPS,
+                Q, Q, SLOT_LSE, SLOT_LSE, ENTRIES, BEGIN, END, ENDS, PIECE, num_pieces, stride_t, stride_h, stride_t, stride_h, first_head,
+                0, first_token, range_tokens, num_blocks, q_smem, q_smem, slots, slots, tokens, slots, q_full, q_free,
+                P, INT, False, QUERY_WARPS,
             )),
             (_copy_blocks, (K, START, PIECE, num_pieces, first_head, group, num_blocks, k_smem, k_full, k_free, TILES, STAGES)),
             (_copy_blocks, (V, START, PIECE, num_pieces, first_head, group, num_blocks, v_smem, v_full, v_free, TILES, STAGES)),
         ],
         [4, QUERY_WARPS, 1, 1],
-        [ATTEND_REGISTERS, QUERY_REGISTERS, QUERY_REGISTERS, QUERY_REGISTERS],
+        [PRODUCT_REGISTERS, QUERY_REGISTERS, QUERY_REGISTERS, QUERY_REGISTERS],
     )  # fmt: skip
 
 
@@ -717,76 +726,134 @@ def dk_dv_kernel(
         gl.store(DV + at, gl.convert_layout(dv.to(dtype), rows), mask=real)
 
 
+@gluon.jit
+def _products_of(
+    n, num_tiles, q_smem, do_smem, k_smem, v_smem, q_full, k_full, v_full, HALF: gl.constexpr, TILES: gl.constexpr
+):
+    # Issues the scores of the n-th tile, and the products of the output's gradient and values; past the end those of the last once more.
+    zero = gl.zeros((ROWS, ROWS), gl.float32, layout=_products(ROWS, 4))
+    n = gl.minimum(n, num_tiles - 1)
+    i = n // TILES
+    if n % TILES == 0:
+        mbarrier.wait(q_full.index(i % 2), i // 2 & 1)
+    stage = n % k_smem.shape[0]
+    mbarrier.wait(k_full.index(stage), n // k_smem.shape[0] & 1)
+    s = warpgroup_mma(q_smem.index(i % 2 * 2 + HALF), k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    stage = n % v_smem.shape[0]
+    mbarrier.wait(v_full.index(stage), n // v_smem.shape[0] & 1)
+    dp = warpgroup_mma(do_smem.index(i % 2 * 2 + HALF), v_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    return s, dp
+
+
+@gluon.jit
+def _dq_of_pieces(
+    DQ_SLOTS, num_pieces, q_smem, do_smem, lse_smem, delta_smem, k_smem, v_smem, slots, barriers, scale, HALF: gl.constexpr, TILES: gl.constexpr
+):
+    # What a warp group does for `dq_past_kernel`: half of the queries of each piece. While a tile's share of dQ is summed up, the next one's
+    # is prepared, whose scores were issued before; so too from one piece to the next.
+    q_full, q_free, k_full, k_free, v_full, v_free = barriers
+    dtype: gl.constexpr = q_smem.dtype
+    D: gl.constexpr = q_smem.shape[2]
+    K_STAGES: gl.constexpr = k_smem.shape[0]
+    V_STAGES: gl.constexpr = v_smem.shape[0]
+    by_row: gl.constexpr = gl.SliceLayout(1, _products(ROWS, 4))
+    sums: gl.constexpr = _products(D, 4)  # [queries, D]
+    operand: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
+    stored: gl.constexpr = _stored(D, 4, 1)
+    dims = gl.arange(0, D, layout=gl.SliceLayout(0, stored))[None, :]
+    num_tiles = num_pieces * TILES
+    s, dp = _products_of(0, num_tiles, q_smem, do_smem, k_smem, v_smem, q_full, k_full, v_full, HALF, TILES)
+    lse, delta = lse_smem.index(HALF).load(by_row), delta_smem.index(HALF).load(by_row)
+    s, dp = warpgroup_mma_wait(0, deps=[s, dp])
+    # Such an arrival is that of each thread and waits for no copies: there are none of these threads.
+    async_copy.mbarrier_arrive(v_free.index(0), increment_count=False)
+    if TILES == 1:
+        async_copy.mbarrier_arrive(q_free.index(HALF), increment_count=False)
+    ds = gl.convert_layout((gl.exp2(s * scale - lse[:, None]) * (dp - delta[:, None])).to(dtype), operand)
+    dq = gl.zeros((ROWS, D), gl.float32, layout=sums)
+    for i in range(num_pieces):
+        for j in range(TILES):
+            n = i * TILES + j
+            s, dp = _products_of(n + 1, num_tiles, q_smem, do_smem, k_smem, v_smem, q_full, k_full, v_full, HALF, TILES)
+            dq = warpgroup_mma(ds, k_smem.index(n % K_STAGES), dq, use_acc=j > 0, is_async=True)
+            piece = (n + 1) // TILES % 2 * 2 + HALF
+            if j + 1 == TILES:  # a new piece
+                lse, delta = lse_smem.index(piece).load(by_row), delta_smem.index(piece).load(by_row)
+            s = warpgroup_mma_wait(2, deps=[s])
+            if scale >= 0:  # always: a branch, over which ptxas does not lift the wait for `dp`
+                s = gl.exp2(s * scale - lse[:, None])
+            dp = warpgroup_mma_wait(1, deps=[dp])
+            async_copy.mbarrier_arrive(v_free.index((n + 1) % V_STAGES), increment_count=False)
+            if (n + 2) % TILES == 0:
+                async_copy.mbarrier_arrive(q_free.index(piece), increment_count=False)
+            s *= dp - delta[:, None]
+            dq = warpgroup_mma_wait(0, deps=[dq])
+            async_copy.mbarrier_arrive(k_free.index(n % K_STAGES), increment_count=False)
+            ds = gl.convert_layout(s.to(dtype), operand)
+            if j + 1 == TILES:
+                slot = slots.index(i % SLOT_BUFFERS * 2 + HALF).load(gl.SliceLayout(1, stored))[:, None]
+                gl.store(DQ_SLOTS + slot.to(gl.int64) * D + dims, gl.convert_layout(dq.to(dtype), stored), mask=slot >= 0)
+
+
 @gluon.jit(do_not_specialize_on_alignment=TABLES)
 def dq_past_kernel(
-    Q, K, V, D_OUT, LSE, DELTA, DQ_SLOTS, ENTRIES, BEGIN, END, ENDS, PIECE, START,
-    stride_t, stride_h, kv_stride_t, kv_stride_h, grad_stride_t, grad_stride_h,
+    Q, K, V, D_OUT, LSE, DELTA, DQ_SLOTS, ENTRIES, BEGIN, END, ENDS, PIECE, START, stride_t, stride_h, grad_stride_t, grad_stride_h,
     first_head, group, num_tokens, first_token, range_tokens, num_blocks, num_lists, scale,
-    B: gl.constexpr, D: gl.constexpr, P: gl.constexpr, BM: gl.constexpr, INT: gl.constexpr,
+    B: gl.constexpr, D: gl.constexpr, P: gl.constexpr, INT: gl.constexpr,
 ):  # fmt: skip
-    """dQ that BM queries of one block's list, which stay in shared memory, get from its keys, into their slots `[H, T, P, D]`; arguments
-    as of `backward._dq_past_kernel`."""
-    pid = gl.program_id(0)
-    if pid >= gl.load(ENDS + num_lists - 1):
+    """What dQ of 2 * ROWS queries of one block's list gets from its keys, into their slots `[H, T, P, D]`, while keys and values pass by;
+    then of the next such piece, as `past_streaming_kernel`. Arguments as of `backward._dq_past_kernel`, K and V as tensor descriptors.
+    """
+    num_pieces = (gl.load(ENDS + num_lists - 1) - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
+    if num_pieces <= 0:
         return
-    which = gl.load(PIECE + pid)
-    list_begin = gl.load(BEGIN + which)
-    count = gl.load(END + which) - list_begin
-    begin = (pid - gl.load(ENDS + which) + (count + BM - 1) // BM) * BM
-    local_head, block = (which // num_blocks).to(gl.int64), which % num_blocks
-    head = first_head + local_head
-    WARPS: gl.constexpr = BM // 16
-    rows: gl.constexpr = _gathered(BM, D, WARPS)
-    key_rows: gl.constexpr = _gathered(ROWS, D, WARPS)
-    scores: gl.constexpr = _products(ROWS, WARPS)  # [queries, keys]
-    sums: gl.constexpr = _products(D, WARPS)  # [queries, D]
-    operand: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
+    TILES: gl.constexpr = B // ROWS
+    K_STAGES: gl.constexpr = 3
+    V_STAGES: gl.constexpr = 2
     dtype: gl.constexpr = Q.dtype.element_ty
-    queries: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, D], dtype)
-    keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], dtype)
-    q_smem = gl.allocate_shared_memory(dtype, [BM, D], queries)
-    do_smem = gl.allocate_shared_memory(dtype, [BM, D], queries)
-    k_smem = gl.allocate_shared_memory(dtype, [2, ROWS, D], keys)
-    v_smem = gl.allocate_shared_memory(dtype, [2, ROWS, D], keys)
-
-    row = gl.arange(0, BM, layout=gl.SliceLayout(1, rows))
-    dims = gl.arange(0, D, layout=gl.SliceLayout(0, rows))[None, :]
-    entry = gl.load(ENTRIES + list_begin + begin + row, mask=begin + row < count, other=0).to(INT)
-    at = (entry // P)[:, None]
-    async_copy.async_copy_global_to_shared(q_smem, Q + head * stride_h + at * stride_t + dims)
-    async_copy.async_copy_global_to_shared(do_smem, D_OUT + head * grad_stride_h + at * grad_stride_t + dims)
-    key = gl.arange(0, ROWS, layout=gl.SliceLayout(1, key_rows))[:, None]
-    kv_at = (head // group) * kv_stride_h + (gl.load(START + block) + key).to(INT) * kv_stride_t
-    kv_at += gl.arange(0, D, layout=gl.SliceLayout(0, key_rows))[None, :]
-    async_copy.async_copy_global_to_shared(k_smem.index(0), K + kv_at)
-    async_copy.async_copy_global_to_shared(v_smem.index(0), V + kv_at)
-    async_copy.commit_group()
-    score_row = gl.arange(0, BM, layout=gl.SliceLayout(1, scores))
-    token = gl.load(ENTRIES + list_begin + begin + score_row, mask=begin + score_row < count, other=0) // P
-    lse = gl.load(LSE + head * num_tokens + token)[:, None]
-    delta = gl.load(DELTA + head * num_tokens + token)[:, None]
-    dq = warpgroup_mma_init(gl.zeros((BM, D), gl.float32, layout=sums))
-    for j in range(B // ROWS):
-        now, then = j % 2, (j + 1) % 2
-        k, v = k_smem.index(now), v_smem.index(now)
-        _landed()
-        zero = gl.zeros((BM, ROWS), gl.float32, layout=scores)
-        s = warpgroup_mma(q_smem, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-        dp = warpgroup_mma(do_smem, v.permute((1, 0)), zero, use_acc=False, is_async=True)
-        dq = warpgroup_mma_wait(2, deps=[dq])
-        _barrier()
-        kv_at += ROWS * kv_stride_t
-        more = (key < ROWS) & (j + 1 < B // ROWS)
-        async_copy.async_copy_global_to_shared(k_smem.index(then), K + kv_at, mask=more)
-        async_copy.async_copy_global_to_shared(v_smem.index(then), V + kv_at, mask=more)
-        async_copy.commit_group()
-        s = warpgroup_mma_wait(1, deps=[s])
-        if scale >= 0:  # always: a branch, over which ptxas does not lift the wait for `dp`
-            s = gl.exp2(s * scale - lse)
-        dp = warpgroup_mma_wait(0, deps=[dp])
-        ds = s * (dp - delta)
-        dq = warpgroup_mma(gl.convert_layout(ds.to(dtype), operand), k, dq, is_async=True)
-    dq = warpgroup_mma_wait(0, deps=[dq])
-    _landed()  # nobody reads or fills what the conversion writes over
-    slots = DQ_SLOTS + (local_head * range_tokens - first_token) * P * D
-    gl.store(slots + entry[:, None] * D + dims, gl.convert_layout(dq.to(dtype), rows), mask=(begin + row < count)[:, None])
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    queries: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], dtype)
+    q_smem = gl.allocate_shared_memory(dtype, [4, ROWS, D], queries)
+    do_smem = gl.allocate_shared_memory(dtype, [4, ROWS, D], queries)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [4, ROWS], flat)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [4, ROWS], flat)
+    k_smem = gl.allocate_shared_memory(dtype, [K_STAGES, ROWS, D], K.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [V_STAGES, ROWS, D], V.layout)
+    tokens = gl.allocate_shared_memory(gl.int32, [2, ROWS], flat)
+    slots = gl.allocate_shared_memory(gl.int32, [2 * SLOT_BUFFERS, ROWS], flat)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_free = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], mbarrier.MBarrierLayout())
+    for n in gl.static_range(2):
+        mbarrier.init(q_full.index(n), count=1)
+        mbarrier.init(q_free.index(n), count=128)
+        mbarrier.init(q_free.index(n + 2), count=128)
+    for n in gl.static_range(K_STAGES):
+        mbarrier.init(k_full.index(n), count=1)
+        mbarrier.init(k_free.index(n), count=256)
+    for n in gl.static_range(V_STAGES):
+        mbarrier.init(v_full.index(n), count=1)
+        mbarrier.init(v_free.index(n), count=256)
+    barriers = (q_full, q_free, k_full, k_free, v_full, v_free)
+    gl.warp_specialize(
+        [
+            (_dq_of_pieces, (
+                DQ_SLOTS, num_pieces, q_smem, do_smem, lse_smem, delta_smem, k_smem, v_smem, slots, barriers, scale, 0, TILES,
+            )),
+            (_dq_of_pieces, (
+                DQ_SLOTS, num_pieces, q_smem, do_smem, lse_smem, delta_smem, k_smem, v_smem, slots, barriers, scale, 1, TILES,
+            )),
+            (_copy_queries_of_pieces, (
+                Q, D_OUT, LSE, DELTA, ENTRIES, BEGIN, END, ENDS, PIECE, num_pieces, stride_t, stride_h, grad_stride_t, grad_stride_h,
+                first_head, num_tokens, first_token, range_tokens, num_blocks, q_smem, do_smem, lse_smem, delta_smem, tokens, slots,
+                q_full, q_free, P, INT, True, QUERY_WARPS,
+            )),
+            (_copy_blocks, (K, START, PIECE, num_pieces, first_head, group, num_blocks, k_smem, k_full, k_free, TILES, K_STAGES)),
+            (_copy_blocks, (V, START, PIECE, num_pieces, first_head, group, num_blocks, v_smem, v_full, v_free, TILES, V_STAGES)),
+        ],
+        [4, QUERY_WARPS, 1, 1],
+        [PRODUCT_REGISTERS, QUERY_REGISTERS, QUERY_REGISTERS, QUERY_REGISTERS],
+    )  # fmt: skip
