@@ -82,7 +82,16 @@ def remarks(compiled, tmp_path):
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize(
     "head_dim, block_size, is_long",
-    [(128, 128, False), (128, 128, True), (64, 128, False), (128, 512, False), (128, 512, True), (128, 192, False), (64, 64, None), (64, 192, True)],
+    [
+        (128, 128, False),
+        (128, 128, True),
+        (64, 128, False),
+        (128, 512, False),
+        (128, 512, True),
+        (128, 192, False),
+        (64, 64, None),
+        (64, 192, True),
+    ],
 )
 def test_dk_dv_compiles(head_dim, block_size, is_long, group, tmp_path):
     """`is_long` None: without lists."""
@@ -122,7 +131,9 @@ def test_past_compiles(head_dim, block_size, tmp_path):
     assert 2 * compiled.metadata.shared <= SHARED_MEMORY  # one program computes while another waits
 
 
-@pytest.mark.parametrize("head_dim, block_size, integer, group", [(128, 4096, tl.int32, 1), (64, 256, tl.int64, 1), (128, 192, tl.int64, 4)])
+@pytest.mark.parametrize(
+    "head_dim, block_size, integer, group", [(128, 4096, tl.int32, 1), (64, 256, tl.int64, 1), (128, 192, tl.int64, 4)]
+)
 def test_past_of_large_blocks_compiles(head_dim, block_size, integer, group, tmp_path):
     tile = tile_of("hopper_past", block_size)
     constants = {"B": block_size, "D": head_dim, "P": 11, "BN": tile.columns, "INT": integer, "STAGES": tile.stages}

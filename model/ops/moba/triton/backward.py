@@ -15,7 +15,7 @@ from model.ops.moba.triton import hopper
 from model.ops.moba.triton.forward import describe
 from model.ops.moba.triton.index import Lists, cut_lists, most_pieces
 from model.ops.moba.triton.launch import TABLES, Launch
-from model.ops.moba.triton.plan import Call, once_a_call, tile_of
+from model.ops.moba.triton.plan import Call, num_multiprocessors, once_a_call, tile_of
 from model.ops.moba.triton.schedule import SPLIT
 
 # No list is cut into pieces of fewer entries.

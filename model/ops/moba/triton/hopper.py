@@ -161,8 +161,8 @@ def _copy_queries_of_pieces(
     num_tokens, first_token, range_tokens, num_blocks, q_smem, do_smem, lse_smem, delta_smem, tokens, slots, full, free,
     P: gl.constexpr, INT: gl.constexpr, BACKWARD: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    # What WARPS do for kernels that take pieces of lists: the rows of q of each piece, and the slots of their results, -1 past a list's end.
-    # BACKWARD: and of the output's gradient, the log-sum-exp and delta.
+    # What WARPS do for kernels that take pieces of lists: the rows of q of each piece, and the slots of their results, -1 past the end of
+    # a list. BACKWARD: the output's gradient, the log-sum-exp and delta, too.
     D: gl.constexpr = q_smem.shape[2]
     rows: gl.constexpr = _gathered(ROWS, D, WARPS)
     dims = gl.arange(0, D, layout=gl.SliceLayout(0, rows))[None, :]
@@ -551,7 +551,9 @@ def _copy_tiles(
                 at, real = token.to(INT)[:, None], real[:, None]
                 from_q, from_do = Q + of_head * stride_h + dims, D_OUT + of_head * grad_stride_h + dims
                 async_copy.async_copy_global_to_shared(q_smem.index(stage).slice(part * PART, PART), from_q + at * stride_t, mask=real)
-                async_copy.async_copy_global_to_shared(do_smem.index(stage).slice(part * PART, PART), from_do + at * grad_stride_t, mask=real)
+                async_copy.async_copy_global_to_shared(
+                    do_smem.index(stage).slice(part * PART, PART), from_do + at * grad_stride_t, mask=real
+                )
             # Rows that are none become zeros, of q, d_out, their log-sum-exp and delta: a probability of 1 that meets only zeros.
             token, real = _token_of(row, here, t, num_own, own_row, start, length, taken, P)
             async_copy.async_copy_global_to_shared(lse_smem.index(stage), LSE + of_head * num_tokens + token, mask=real)
@@ -677,7 +679,8 @@ def dk_dv_kernel(
     STAGES: gl.constexpr = 2 if BK == 64 else 3 if KEEP_DQ else 4
     k_smem = gl.allocate_shared_memory(dtype, [BK, D], keys)
     v_smem = gl.allocate_shared_memory(dtype, [BK, D], keys)
-    ds_smem = gl.allocate_shared_memory(dtype, [2, BK, ROWS], gl.NVMMASharedLayout.get_default_for([BK, ROWS], dtype)) if KEEP_DQ else k_smem
+    scores: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BK, ROWS], dtype)
+    ds_smem = gl.allocate_shared_memory(dtype, [2, BK, ROWS], scores) if KEEP_DQ else k_smem
     q_smem = gl.allocate_shared_memory(dtype, [STAGES, ROWS, D], queries)
     do_smem = gl.allocate_shared_memory(dtype, [STAGES, ROWS, D], queries)
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], flat)
@@ -727,9 +730,7 @@ def dk_dv_kernel(
 
 
 @gluon.jit
-def _products_of(
-    n, num_tiles, q_smem, do_smem, k_smem, v_smem, q_full, k_full, v_full, HALF: gl.constexpr, TILES: gl.constexpr
-):
+def _products_of(n, num_tiles, q_smem, do_smem, k_smem, v_smem, q_full, k_full, v_full, HALF: gl.constexpr, TILES: gl.constexpr):
     # Issues the scores of the n-th tile, and the products of the output's gradient and values; past the end those of the last once more.
     zero = gl.zeros((ROWS, ROWS), gl.float32, layout=_products(ROWS, 4))
     n = gl.minimum(n, num_tiles - 1)
@@ -747,10 +748,11 @@ def _products_of(
 
 @gluon.jit
 def _dq_of_pieces(
-    DQ_SLOTS, num_pieces, q_smem, do_smem, lse_smem, delta_smem, k_smem, v_smem, slots, barriers, scale, HALF: gl.constexpr, TILES: gl.constexpr
-):
-    # What a warp group does for `dq_past_kernel`: half of the queries of each piece. While a tile's share of dQ is summed up, the next one's
-    # is prepared, whose scores were issued before; so too from one piece to the next.
+    DQ_SLOTS, num_pieces, q_smem, do_smem, lse_smem, delta_smem, k_smem, v_smem, slots, barriers, scale,
+    HALF: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    # What a warp group does for `dq_past_kernel`: half of the queries of each piece. While a tile's share of dQ is summed up, that of the
+    # next is prepared, whose scores were issued before; so too from one piece to the next.
     q_full, q_free, k_full, k_free, v_full, v_free = barriers
     dtype: gl.constexpr = q_smem.dtype
     D: gl.constexpr = q_smem.shape[2]
