@@ -3,6 +3,7 @@
 What they compute is tested on a GPU: here beside the kernels for others, in test_moba_triton.py against fp64.
 """
 
+import math
 import re
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from model.ops.moba import moba_attention
-from model.ops.moba.triton import hopper, plan
+from model.ops.moba.triton import backward, forward, hopper, plan
+from model.ops.moba.triton.launch import Launch
 from model.ops.moba.triton.plan import tile_of
 from model.ops.moba.triton.schedule import power_of_2
 from tests.model.ops.helpers import cu_seqlens, forward_backward, make_inputs, with_dtype
@@ -166,6 +168,51 @@ def calls_anew():
     plan._call_of.cache_clear()
     yield
     plan._call_of.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "block_size, topk, head_dim, workspace",
+    [(128, 8, 128, 1 << 30), (512, 3, 128, 1 << 30), (64, 4, 64, 1 << 30), (192, 4, 128, 4 << 20), (4096, 3, 128, 1 << 30)],
+)
+def test_launches_fit_their_kernels(block_size, topk, head_dim, workspace, calls_anew, monkeypatch):
+    """On Hopper every kernel is given its parameters in their order: tensors, numbers of the right values, constants of the right names."""
+    num_tokens, launched = 20000, []
+    known = {"group": 2, "num_tokens": num_tokens, "num_blocks": -(-num_tokens // block_size), "first_head": 0}
+    known |= {"stride_t": 4 * head_dim, "stride_h": head_dim, "kv_stride_t": 2 * head_dim, "kv_stride_h": head_dim}
+    known |= {"out_stride_t": 4 * head_dim, "grad_stride_t": 4 * head_dim, "grad_stride_h": head_dim, "dq_stride_t": 4 * head_dim}
+    known |= {"dk_stride_t": 2 * head_dim, "scale": head_dim**-0.5 / math.log(2), "softmax_scale": head_dim**-0.5}
+    known |= {"num_lists": 4 * known["num_blocks"], "range_tokens": num_tokens, "first_token": 0, "end_token": num_tokens}
+    in_parts = {
+        "first_head",
+        "num_lists",
+        "range_tokens",
+        "first_token",
+        "end_token",
+        "first_block",
+    }  # of heads or queries, where memory asks
+
+    def launch(self, *tensors):
+        names = self._kernel.arg_names
+        numbers = dict(zip(names[len(tensors) :], self._numbers))
+        constants = names[len(tensors) + len(self._numbers) :]
+        name = self._kernel.fn.__name__
+        assert constants == [option for option in self._options if option not in ("num_warps", "maxnreg")], name
+        for number, value in numbers.items():
+            if hasattr(hopper, name) and (workspace >= 1 << 30 or number not in in_parts):
+                assert value == pytest.approx(known[number]), (name, number)
+        launched.append(name)
+
+    monkeypatch.setattr(Launch, "__call__", launch)
+    monkeypatch.setattr(plan, "is_hopper", lambda device: True)
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "num_multiprocessors", lambda device: 132)
+    q, k, v, d_out = (x.detach() for x in with_dtype(make_inputs(num_tokens, 4, 2, head_dim, seed=0), torch.bfloat16))
+    sizes = cu_seqlens([0, num_tokens]), block_size, topk, head_dim**-0.5, workspace
+    out, *saved = torch.ops.moba.forward.default(q, k, v, *sizes)
+    torch.ops.moba.backward.default(q, k, v, sizes[0], out, *saved, d_out, *sizes[1:])
+    kernels = {"gate_kernel", "past_kernel" if block_size <= 128 else "past_streaming_kernel", "dk_dv_kernel"}
+    kernels |= set() if block_size == 128 else {"dq_past_kernel"}
+    assert kernels == {name for name in launched if not name.startswith("_")}
 
 
 @pytest.mark.gpu
