@@ -498,9 +498,10 @@ def _sums_at(BK: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def _copy_entries(to, entries, t, num_own, taken, row):
-    # Entries of the t-th tile of queries, if it is one of the list.
-    i = (t - num_own) * ROWS + row
-    async_copy.async_copy_global_to_shared(to, entries + i, mask=(i >= 0) & (i < taken))
+    # Entries of the t-th tile of queries, if it is one of the list; a group of copies in any case.
+    first = (t - num_own) * ROWS
+    if (first >= 0) & (first < taken):
+        async_copy.async_copy_global_to_shared(to, entries + first + row, mask=first + row < taken)
     async_copy.commit_group()
 
 
