@@ -22,9 +22,9 @@ _PAIR_FLOPS = {FORWARD: 4, BOTH: 14}
 # Kernels of model/ops/moba/triton by what they do, in the order they run; a name belongs to the first part with a fitting beginning.
 PARTS: Mapping[str, tuple[str, ...]] = {
     "means": ("_means_kernel", "_centre_kernel"),
-    "gate": ("_gate_kernel",),
+    "gate": ("_gate_kernel", "gate_kernel"),
     "index": ("_count_kernel", "_scatter_kernel", "_cut_kernel"),
-    "past blocks": ("_past_",),
+    "past blocks": ("_past_", "past_"),
     "own block, merge": ("_own_kernel",),
     "delta": ("_delta_kernel",),
     "dK, dV": ("_dk_dv_kernel", "dk_dv_kernel"),

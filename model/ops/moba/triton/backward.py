@@ -12,9 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from model.ops.moba.triton import hopper
+from model.ops.moba.triton.forward import describe
 from model.ops.moba.triton.index import Lists, cut_lists, most_pieces
 from model.ops.moba.triton.launch import TABLES, Launch
-from model.ops.moba.triton.plan import Call, once_a_call, tile_of
+from model.ops.moba.triton.plan import Call, num_multiprocessors, once_a_call, tile_of
 from model.ops.moba.triton.schedule import SPLIT
 
 # No list is cut into pieces of fewer entries.
@@ -265,7 +266,7 @@ def _keys_launches(call: Call, heads: range) -> _KeysLaunches:
     def launch(grid: tuple[int, int], *, is_long: bool) -> Launch:
         constants = {**sizes, "LISTS": call.num_past > 0, "LONG": is_long, "INT": call.offsets}
         if call.on_hopper:
-            return Launch(hopper.dk_dv_kernel, grid, *numbers, **constants, warps=keys // 16)
+            return Launch(hopper.dk_dv_kernel, grid, *numbers, **constants, **hopper.DK_DV_WARPS[keys])
         return Launch(_dk_dv_kernel, grid, *numbers, **constants, BM=tile.rows, STAGES=tile.stages, warps=tile.warps)
 
     most = launch((blocks.count * tiles, len(heads) // call.group), is_long=False)
@@ -304,12 +305,16 @@ def _dq_past_launch(call: Call, heads: range, queries: range) -> tuple[Launch, i
     """The launch, the size of its pieces and how many there are at most."""
     tile = tile_of("hopper_dq" if call.on_hopper else "dq_past", call.blocks.size)
     bound = most_pieces(call, queries, tile.rows)
-    numbers: tuple[float, ...] = (*call.strides, *call.kv_strides, *call.grad_strides, heads.start, call.group, call.num_tokens)
-    numbers += (queries.start, len(queries), call.blocks.count, call.num_lists, call.scale)
-    sizes = {"B": call.blocks.size, "D": call.head_dim, "P": call.num_past, "BM": tile.rows, "INT": call.offsets, "warps": tile.warps}
+    numbers: tuple[float, ...] = (heads.start, call.group, call.num_tokens, queries.start, len(queries), call.blocks.count, call.num_lists)
+    numbers += (call.scale,)
+    sizes = {"B": call.blocks.size, "D": call.head_dim, "P": call.num_past}
     if call.on_hopper:
-        return Launch(hopper.dq_past_kernel, (bound, 1), *numbers, **sizes), tile.rows, bound
-    return Launch(_dq_past_kernel, (bound, 1), *numbers, **sizes, BN=tile.columns, STAGES=tile.stages), tile.rows, bound
+        programs = min(bound, num_multiprocessors(call.blocks.start.device))
+        numbers = (*call.strides, *call.grad_strides, *numbers)
+        return Launch(hopper.dq_past_kernel, (programs, 1), *numbers, **sizes, INT=call.offsets, warps=tile.warps), tile.rows, bound
+    numbers = (*call.strides, *call.kv_strides, *call.grad_strides, *numbers)
+    sizes |= {"BM": tile.rows, "INT": call.offsets, "BN": tile.columns, "STAGES": tile.stages}
+    return Launch(_dq_past_kernel, (bound, 1), *numbers, **sizes, warps=tile.warps), tile.rows, bound
 
 
 @once_a_call
@@ -338,5 +343,9 @@ def queries_gradient(
             launch, size, bound = _dq_past_launch(call, heads, queries)
             items = cut_lists(call, lists, bound, size)
             tables = (lists.entries, lists.edges[0], lists.edges[-1], items.ends, items.piece, blocks.start)
-            launch(q, k, v, d_out, lse, delta, dq_slots, *tables)
+            if call.on_hopper:
+                rows = tile_of("hopper_dq", blocks.size).columns
+                launch(q, describe(call, k, rows), describe(call, v, rows), d_out, lse, delta, dq_slots, *tables)
+            else:
+                launch(q, k, v, d_out, lse, delta, dq_slots, *tables)
     _dq_own_launch(call, heads, queries)(q, k, v, d_out, lse, delta, dq_slots, dq, blocks.start, blocks.length, blocks.doc_first)

@@ -7,11 +7,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from model.ops.moba.triton import hopper
 from model.ops.moba.triton.index import Lists, cut_lists, most_pieces
 from model.ops.moba.triton.launch import TABLES, Launch
-from model.ops.moba.triton.plan import Call, once_a_call, tile_of
+from model.ops.moba.triton.plan import Call, Tile, num_multiprocessors, once_a_call, tile_of
 
 
 @triton.jit(do_not_specialize_on_alignment=TABLES)
@@ -138,10 +141,12 @@ def _own_kernel(
         tl.store(LSE + head * num_tokens + token, most + tl.log2(total), mask=inside)
 
 
-def describe(x: Tensor, rows: int) -> TensorDescriptor:
+def describe(call: Call, x: Tensor, rows: int) -> TensorDescriptor | HopperDescriptor:
     """Keys or values `[T, Hkv, D]`, heads side by side in memory, for the copy engine: `rows` tokens of one head at a time."""
-    num_tokens, num_heads, head_dim = x.shape
-    return TensorDescriptor(x, [num_tokens, num_heads * head_dim], [x.stride(0), 1], [rows, head_dim])
+    shape, strides, tile = [call.num_tokens, call.num_kv * call.head_dim], [x.stride(0), 1], [rows, call.head_dim]
+    if call.on_hopper:  # the layout is one for all dtypes of 16 bits
+        return HopperDescriptor(x, shape, strides, tile, gl.NVMMASharedLayout.get_default_for(tile, gl.float16))
+    return TensorDescriptor(x, shape, strides, tile)
 
 
 def _is_resident(call: Call) -> bool:
@@ -149,19 +154,29 @@ def _is_resident(call: Call) -> bool:
     return call.blocks.size <= 128
 
 
+def _past_tile(call: Call) -> Tile:
+    return tile_of("hopper_past" if call.on_hopper else "past", call.blocks.size)
+
+
 @once_a_call
 def _past_launch(call: Call, heads: range, queries: range) -> tuple[Launch, int, int]:
     """The launch, the size of its pieces and how many there are at most."""
-    tile = tile_of("past", call.blocks.size)
+    tile = _past_tile(call)
     size = 16 * tile.rows if _is_resident(call) else tile.rows
     bound = most_pieces(call, queries, size)
-    numbers = (heads.start, call.group, queries.start, len(queries), call.blocks.count, call.num_lists, call.scale)
-    sizes = {"B": call.blocks.size, "D": call.head_dim, "P": call.num_past, "BM": tile.rows}
+    numbers: tuple[float, ...] = (heads.start, call.group, queries.start, len(queries), call.blocks.count, call.num_lists, call.scale)
+    numbers = (*call.strides, *(call.kv_strides if _is_resident(call) else ()), *numbers)
+    sizes = {"B": call.blocks.size, "D": call.head_dim, "P": call.num_past}
     how = {"INT": call.offsets, "STAGES": tile.stages, "warps": tile.warps}
-    if _is_resident(call):
-        launch = Launch(_past_resident_kernel, (bound, 1), *call.strides, *call.kv_strides, *numbers, **sizes, SIZE=size, **how)
+    if _is_resident(call) and call.on_hopper:
+        launch = Launch(hopper.past_kernel, (bound, 1), *numbers, **sizes, SIZE=size, INT=call.offsets, warps=tile.warps)
+    elif _is_resident(call):
+        launch = Launch(_past_resident_kernel, (bound, 1), *numbers, **sizes, BM=tile.rows, SIZE=size, **how)
+    elif call.on_hopper:
+        programs = min(bound, num_multiprocessors(call.blocks.start.device))
+        launch = Launch(hopper.past_streaming_kernel, (programs, 1), *numbers, **sizes, BN=tile.columns, **how)
     else:
-        launch = Launch(_past_streaming_kernel, (bound, 1), *call.strides, *numbers, **sizes, BN=tile.columns, **how)
+        launch = Launch(_past_streaming_kernel, (bound, 1), *numbers, **sizes, BM=tile.rows, BN=tile.columns, **how)
     return launch, size, bound
 
 
@@ -193,6 +208,6 @@ def moba_forward(
         if _is_resident(call):
             launch(q, k, v, slots, slot_lse, *tables)
         else:
-            columns = tile_of("past", blocks.size).columns
-            launch(q, describe(k, columns), describe(v, columns), slots, slot_lse, *tables)
+            columns = _past_tile(call).columns
+            launch(q, describe(call, k, columns), describe(call, v, columns), slots, slot_lse, *tables)
     _own_launch(call, heads, queries)(q, k, v, slots, slot_lse, out, lse, blocks.start, blocks.length, blocks.doc_first)

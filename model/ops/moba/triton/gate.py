@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.ops.moba.triton import hopper
 from model.ops.moba.triton.launch import TABLES, Launch
 from model.ops.moba.triton.plan import Call, once_a_call, tile_of
 from model.ops.moba.triton.schedule import power_of_2
@@ -85,7 +86,7 @@ def block_means(call: Call, k: Tensor) -> Means:
 @triton.jit(do_not_specialize_on_alignment=TABLES)
 def _gate_kernel(
     Q, HIGH, LOW, NORM, CHOSEN, START, LENGTH, DOC_FIRST, stride_t, stride_h, first_head, group, num_tokens, num_blocks,
-    TILES: tl.constexpr, D: tl.constexpr, P: tl.constexpr, SLOTS: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
+    TILES: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     # A score becomes an integer of 23 bits, in steps of 2^-22 of what |q| and the longest of the query's past means allow: adding
@@ -133,34 +134,33 @@ def _gate_kernel(
             # A column past the end has score 0, and is set to less than any score can be.
             rounded = score * scale[:, None] + tl.where(valid, 12582912.0, 8388608.0)[None, :]
             key = rounded.to(tl.int32, bitcast=True) * BN + (BN - 1 - column)[None, :]  # the float's exponent leaves at the top
-            top = tl.max(key, 1)
-            enters = top > least
-            go = tl.max(enters.to(tl.int32), 0)
-            while go > 0:
-                last = tl.max(tl.where(best == least[:, None], kept, -SLOTS - 1), 1)  # of the least, the block that came last
-                here = (kept == last[:, None]) & enters[:, None]
-                best = tl.where(here, (top | (BN - 1))[:, None], best)
-                kept = tl.where(here, (first + BN - 1 - (top & (BN - 1)))[:, None], kept)
-                least = tl.min(best, 1)
+            more = tl.sum((key > least[:, None]).to(tl.int32), 1)  # no row takes in more than that, nor than its slots
+            top = tl.full((BQ,), 2147483647, tl.int32)
+            for _ in range(tl.minimum(tl.max(more, 0), P)):
                 # The next lower key: differences to it, without a sign, wrap around for what is lower, and are largest for the nearest.
                 gap = (key - top[:, None]).to(tl.uint32, bitcast=True)
                 top += tl.max(gap, 1).to(tl.int32, bitcast=True)
-                enters = top > least
-                go = tl.max(enters.to(tl.int32), 0)
+                last = tl.max(tl.where(best == least[:, None], kept, -SLOTS - 1), 1)  # of the least, the block that came last
+                here = (kept == last[:, None]) & (top > least)[:, None]
+                best = tl.where(here, (top | (BN - 1))[:, None], best)
+                kept = tl.where(here, (first + BN - 1 - (top & (BN - 1)))[:, None], kept)
+                least = tl.min(best, 1)
         tl.store(out, kept, mask=out_mask)
 
 
 @once_a_call
 def _gate_launch(call: Call, heads: range) -> Launch:
-    blocks = call.blocks
-    tile = tile_of("gate", blocks.size)
+    blocks, slots = call.blocks, power_of_2(call.num_past)
+    tile = tile_of("hopper_gate" if call.on_hopper else "gate", blocks.size)
     tiles = -(-blocks.size // tile.rows)
     columns = max(16, min(tile.columns, power_of_2(blocks.max_past)))
-    return Launch(
-        _gate_kernel, (blocks.count * tiles, len(heads)), *call.strides, heads.start, call.group, call.num_tokens, blocks.count,
-        TILES=tiles, D=call.head_dim, P=call.num_past, SLOTS=power_of_2(call.num_past), BQ=tile.rows, BN=columns, STAGES=tile.stages,
-        warps=tile.warps,
-    )  # fmt: skip
+    grid, numbers = (blocks.count * tiles, len(heads)), (*call.strides, heads.start, call.group, call.num_tokens, blocks.count)
+    sizes = {"TILES": tiles, "D": call.head_dim, "P": call.num_past, "BQ": tile.rows, "BN": columns}
+    if call.on_hopper:
+        # Two programs of 8 warps have the registers of a multiprocessor.
+        registers = 128 if tile.warps == 8 else None
+        return Launch(hopper.gate_kernel, grid, *numbers, **sizes, SLOTS=max(8, slots), warps=tile.warps, registers=registers)
+    return Launch(_gate_kernel, grid, *numbers, **sizes, SLOTS=slots, STAGES=tile.stages, warps=tile.warps)
 
 
 def choose_blocks(call: Call, q: Tensor, means: Means, heads: range) -> Tensor:

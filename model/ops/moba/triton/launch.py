@@ -21,6 +21,7 @@ _compiled: dict[Hashable, Any] = {}
 class Launch:
     """`kernel[grid](*tensors, *numbers, **constants, num_warps=warps)` on the current device and stream, tensors being given when called.
 
+    `registers` is the most a thread may have (`maxnreg`), where more would leave room for fewer programs on a multiprocessor.
     `constants` are the kernel's last parameters, in their order. Tensors that are none of `TABLES` begin on 16 bytes; the first one's
     dtype, from which those of the others follow, and its device are the same in every call.
 
@@ -29,9 +30,11 @@ class Launch:
     hooks are not called; the profilers of torch and CUDA see the launches.
     """
 
-    def __init__(self, kernel: Any, grid: tuple[int, int], *numbers: int | float, warps: int, **constants: Any) -> None:
+    def __init__(
+        self, kernel: Any, grid: tuple[int, int], *numbers: int | float, warps: int, registers: int | None = None, **constants: Any
+    ) -> None:
         self._kernel, self._grid, self._numbers = kernel, grid, numbers
-        self._options = {**constants, "num_warps": warps}
+        self._options = {**constants, "num_warps": warps, **({"maxnreg": registers} if registers else {})}
         self._untouched = (*numbers, *constants.values())
         self._compiled: Any = None
         self._device: int | None = None

@@ -178,6 +178,12 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tile:
     """What a kernel holds on chip: query rows, key (or mean) columns; loads in flight; warps."""
@@ -195,12 +201,20 @@ _TILES = {
         128: Tile(rows=128, columns=64, stages=2, warps=8),
         256: Tile(rows=128, columns=64, stages=2, warps=4),
     },
+    "hopper_gate": {
+        64: Tile(rows=64, columns=64, stages=2, warps=4),
+        128: Tile(rows=128, columns=64, stages=2, warps=8),
+    },
     "past": {
         64: Tile(rows=64, columns=64, stages=3, warps=4),
         2048: Tile(rows=128, columns=128, stages=3, warps=8),
     },
+    "hopper_past": {
+        64: Tile(rows=64, columns=64, stages=3, warps=4),
+        192: Tile(rows=128, columns=128, stages=2, warps=4),
+    },
     "hopper_dk_dv": {64: Tile(rows=64, columns=128, stages=2, warps=8)},  # half the warps with 64 columns
-    "hopper_dq": {64: Tile(rows=64, columns=64, stages=2, warps=4)},
+    "hopper_dq": {64: Tile(rows=128, columns=64, stages=3, warps=4)},
     "own": {64: Tile(rows=64, columns=64, stages=3, warps=4)},
     "dk_dv": {
         64: Tile(rows=64, columns=128, stages=2, warps=8),
@@ -215,4 +229,4 @@ _TILES = {
 def tile_of(kernel: str, block_size: int) -> Tile:
     """The tile for blocks of this size; its columns divide the block."""
     found = next(tile for least, tile in reversed(_TILES[kernel].items()) if block_size >= least)
-    return replace(found, columns=math.gcd(found.columns, block_size)) if kernel != "gate" else found
+    return found if kernel.endswith("gate") else replace(found, columns=math.gcd(found.columns, block_size))
