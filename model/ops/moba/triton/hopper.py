@@ -1,11 +1,12 @@
-"""Matrix products on Hopper, where they run beside the arithmetic: Gluon kernels for `gate.py`, `forward.py` and
-`backward.py`.
+"""Matrix products on Hopper, where they run beside the arithmetic: Gluon kernels for `gate.py`, `forward.py` and `backward.py`.
 
-Warp groups hold keys, or queries, and what they sum up for them; the other side passes by in tiles of 64, which are copied into shared
-memory ahead of their use. Products are issued without waiting; what is added up last is waited for under the next tile's first products.
-Barriers, at which all warps wait for the slowest, cost more than anything else here. Triton adds one wherever an array in shared memory is
-written and read, at whatever index, with none between: hence the order of things in a loop. Where warps of their own copy, barriers in
-shared memory tell when a tile is there (`full`) and when all who read it have (`free`).
+Warp groups hold keys, or queries, and what they sum up for them; the other side passes by in tiles, which are copied into shared memory
+ahead of their use. Products are issued without waiting; what is added up last is waited for under the next tile's first products. Triton
+adds a barrier wherever an array in shared memory is written and read, at whatever index, with none between: hence the order in a loop.
+
+Where warps of their own copy, barriers in shared memory tell when a tile is there (`full`) and when its place may be filled again (`free`,
+or by what is `reached`). ptxas makes all products of a kernel wait for each other where registers do not suffice, and where a warp group
+other than the first has products in flight from one turn of a loop to the next.
 """
 
 from triton.experimental import gluon
@@ -56,9 +57,9 @@ def _stored(N, WARPS, ACROSS):
 
 
 @gluon.jit
-def _landed(PENDING: gl.constexpr = 0):
-    # All but the last PENDING groups of copies have come, of all threads, and products may read them.
-    async_copy.wait_group(PENDING)
+def _landed():
+    # All copies have come, of all threads, and products may read them.
+    async_copy.wait_group(0)
     _barrier()
     fence_async_shared()
 

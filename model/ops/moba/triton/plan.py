@@ -213,7 +213,7 @@ _TILES = {
         64: Tile(rows=64, columns=64, stages=3, warps=4),
         192: Tile(rows=128, columns=128, stages=2, warps=4),
     },
-    "hopper_dk_dv": {64: Tile(rows=64, columns=128, stages=2, warps=8)},  # half the warps with 64 columns
+    "hopper_dk_dv": {64: Tile(rows=64, columns=128, stages=3, warps=8)},  # with 64 columns fewer: hopper.DK_DV_WARPS
     "hopper_dq": {64: Tile(rows=128, columns=64, stages=3, warps=4)},
     "own": {64: Tile(rows=64, columns=64, stages=3, warps=4)},
     "dk_dv": {
